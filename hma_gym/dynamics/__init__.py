@@ -1,0 +1,1 @@
+"""The learned dynamics: masking, decoding, rollout, checkpoints."""

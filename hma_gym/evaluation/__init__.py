@@ -1,0 +1,1 @@
+"""Policies in environments from paired starts, and the reports on it."""

@@ -1,0 +1,1 @@
+"""Judges: success read from frames."""

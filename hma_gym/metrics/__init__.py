@@ -1,0 +1,1 @@
+"""Measures of video fidelity, controllability and ranking."""
