@@ -1,1 +1,1 @@
-"""Judges: success read from frames."""
+"""Judges: success read from frames, with a probability and how far it can be trusted."""

@@ -56,7 +56,8 @@ def binary_report(
     truth = np.asarray(truth_N, dtype=bool)
     if probability.shape != truth.shape or probability.ndim != 1:
         raise InvalidArgument(
-            f"probability_N and truth_N must be vectors of one length, got shapes {probability.shape} and {truth.shape}."
+            "probability_N and truth_N must be vectors of one length, got shapes "
+            f"{probability.shape} and {truth.shape}."
         )
     verdict = probability >= threshold
     tp, fp = int((verdict & truth).sum()), int((verdict & ~truth).sum())

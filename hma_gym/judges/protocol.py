@@ -1,0 +1,90 @@
+"""What a judge is: it sees the last frames of an episode and gives the probability that the task is done now.
+
+Two ways to use one: streaming (``judge.probability`` on the window of the last frames, one call per step for the
+whole batch) and whole-episode (:func:`episode_probabilities`, every row at once). Success must be SEEN: it is the
+state of the current frame (cube lifted now), so the outcome of an episode is the verdict at its last frame.
+
+Shape legend: B batch, T rows of an episode, K window of last frames, H W C image.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hma_gym.errors import InvalidArgument, InvalidImage
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A success detector. Write your own by giving a class these four members.
+
+    Attributes:
+        name: for reports.
+        window: K, how many last frames it sees (1 or more).
+        threshold: the verdict is ``probability >= threshold``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def threshold(self) -> float: ...
+
+    def probability(self, frames_BKHWC: Tensor) -> Tensor:
+        """(B, K, H, W, C) uint8, oldest first, to (B,) float32 in [0, 1].
+
+        At the start of an episode the first frame is repeated to fill the window.
+        """
+        ...
+
+
+def check_window(judge: Judge, frames_BKHWC: Tensor) -> None:
+    """Raise :class:`InvalidImage` unless these are uint8 windows of the judge's length."""
+    if frames_BKHWC.dtype != torch.uint8 or frames_BKHWC.ndim != 5 or frames_BKHWC.shape[1] != judge.window:
+        raise InvalidImage(
+            f"judge {judge.name!r} needs torch.uint8 frames of shape (B, {judge.window}, H, W, 3), got "
+            f"{frames_BKHWC.dtype} with shape {tuple(frames_BKHWC.shape)}; repeat the first frame to fill a window."
+        )
+
+
+def windows_at(frames_BTHWC: Tensor, rows: Tensor, window: int) -> Tensor:
+    """The windows that end at the given rows: (B, R, K, H, W, C) for rows (R,); row 0 repeats before the start."""
+    offsets_K = torch.arange(1 - window, 1, device=rows.device)
+    index_RK = (rows[:, None] + offsets_K).clamp_min(0)
+    return frames_BTHWC[:, index_RK]
+
+
+def episode_probabilities(judge: Judge, frames_BTHWC: Tensor, rows: Tensor | None = None, batch: int = 256) -> Tensor:
+    """The judge's probability at every row (or at the given rows) of whole episodes.
+
+    Args:
+        judge: any judge.
+        frames_BTHWC: uint8 videos.
+        rows: (R,) int64 row indices; all rows by default.
+        batch: windows per call of the judge.
+
+    Returns:
+        (B, R) float32.
+    """
+    length = frames_BTHWC.shape[1]
+    if rows is None:
+        rows = torch.arange(length, device=frames_BTHWC.device)
+    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= length):
+        raise InvalidArgument(f"rows must lie in [0, {length}), got {rows.tolist()}; count from the episode's start.")
+    per_call = max(1, batch // max(1, len(rows)))
+    parts = []
+    for start in range(0, len(frames_BTHWC), per_call):
+        windows = windows_at(frames_BTHWC[start : start + per_call], rows, judge.window)
+        parts.append(judge.probability(windows.flatten(0, 1)).reshape(-1, len(rows)))
+    return torch.cat(parts) if parts else torch.zeros(0, len(rows))
+
+
+def verdict(judge: Judge, probability: Tensor) -> Tensor:
+    """Probabilities to verdicts, elementwise: bool."""
+    return probability >= judge.threshold
