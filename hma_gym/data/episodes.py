@@ -1,0 +1,129 @@
+"""One recorded episode in memory, checked when it is made.
+
+Shape legend: T rows (steps), H W C image height, width, 3 channels, A action dims, P agent_pos dims,
+S flattened simulator state dims.
+
+Row t holds the observation BEFORE ``actions_TA[t]``; row t+1 is what followed. The last row's action is
+recorded and its outcome is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hma_gym.errors import DatasetError
+
+AttrValue = str | int | float | bool
+
+CATEGORIES = ("held", "dropped", "near_miss", "pushed", "random_walk", "switched", "other")
+"""What became of an episode. ``held``: success at the last row; ``dropped``: success before but not at the last
+row; else by what the policy set out to do; ``other``: a failure recorded elsewhere, whose intent nobody noted."""
+
+EEF_POS, EEF_QUAT, GRIPPER = "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode; arrays of T rows each.
+
+    Attributes:
+        images_THWC: uint8 camera frames, upright.
+        agent_pos_TP: float32 proprioception (see :func:`agent_pos_from_obs`).
+        actions_TA: float32 actions in env units.
+        states_TS: float64 flattened simulator states; S = 0 where a dataset has none.
+        rewards_T: float32 rewards.
+        dones_T: bool.
+        obs: further observations by robomimic key, T rows each (``robot0_eef_pos``, ``object`` ...).
+        attrs: plain values that tell the policy and the outcome: ``policy``, ``mode``, ``competence``,
+            ``category``, ``success``, ``success_ever``, ``seed``, ``model_file``.
+
+    Raises:
+        DatasetError: shapes or dtypes break these rules, the row counts differ, there is no row, or an action,
+            ``agent_pos`` or state is not finite.
+    """
+
+    images_THWC: NDArray[np.uint8]
+    agent_pos_TP: NDArray[np.float32]
+    actions_TA: NDArray[np.float32]
+    states_TS: NDArray[np.float64]
+    rewards_T: NDArray[np.float32]
+    dones_T: NDArray[np.bool_]
+    obs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    attrs: Mapping[str, AttrValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = self.images_THWC
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise DatasetError(
+                f"images_THWC must be uint8 of shape (T, H, W, 3), got {images.dtype} {images.shape}; "
+                "scale floats to 0..255 and put the channels last."
+            )
+        if len(self) == 0:
+            raise DatasetError("an episode must have at least one row, got 0; drop empty episodes.")
+        for name, ndim, dtype in (
+            ("agent_pos_TP", 2, np.float32),
+            ("actions_TA", 2, np.float32),
+            ("states_TS", 2, np.float64),
+            ("rewards_T", 1, np.float32),
+            ("dones_T", 1, np.bool_),
+        ):
+            array = np.asarray(getattr(self, name), dtype=dtype)
+            object.__setattr__(self, name, array)
+            if array.ndim != ndim or len(array) != len(self):
+                raise DatasetError(
+                    f"{name} must have {ndim} dimensions and {len(self)} rows (as images_THWC), got shape "
+                    f"{array.shape}; record one row per step."
+                )
+            if not np.isfinite(array).all():
+                row = int(np.argwhere(~np.isfinite(array))[0, 0])
+                raise DatasetError(f"{name} must be finite, got NaN or infinity in row {row}; drop the episode.")
+        for key, array in self.obs.items():
+            if array.ndim < 1 or len(array) != len(self):
+                raise DatasetError(
+                    f"obs[{key!r}] must have {len(self)} rows (as images_THWC), got shape {array.shape}; "
+                    "record one row per step."
+                )
+
+    def __len__(self) -> int:
+        """T, the number of rows."""
+        return len(self.images_THWC)
+
+
+def continuous_quat(quat_T4: NDArray[Any], previous_4: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Choose signs so that a quaternion track (T, 4), xyzw, does not jump between q and -q.
+
+    robosuite keeps w >= 0, and the gripper of a Panda that points down has w near 0, so its sign is noise.
+    The first row gets x > 0 (x has the largest magnitude in the downward pose), or the sign nearest to
+    ``previous_4``; each further row the sign nearest to the row before.
+    """
+    quat_T4 = np.array(quat_T4, copy=True)
+    if previous_4 is None:
+        previous_4 = np.array([1.0, 0.0, 0.0, 0.0])
+    agreement_T = np.einsum("ti,ti->t", quat_T4, np.concatenate([np.asarray(previous_4)[None], quat_T4[:-1]]))
+    signs_T = np.cumprod(np.where(agreement_T < 0, -1.0, 1.0))
+    return np.multiply(quat_T4, signs_T[:, None], dtype=quat_T4.dtype)
+
+
+def agent_pos_from_obs(obs: Mapping[str, NDArray[Any]], previous_P: NDArray[Any] | None = None) -> NDArray[np.float32]:
+    """Build agent_pos (T, 9) float32 from robosuite's observations of T rows.
+
+    The columns are ``robot0_eef_pos`` (3, metres), ``robot0_eef_quat`` (4, xyzw, sign-continuous, see
+    :func:`continuous_quat`) and ``robot0_gripper_qpos`` (2, metres).
+
+    Args:
+        obs: mapping with these three keys, T rows each.
+        previous_P: agent_pos of the step before the first row, in an episode that goes on.
+
+    Raises:
+        DatasetError: a key is missing.
+    """
+    missing = [key for key in (EEF_POS, EEF_QUAT, GRIPPER) if key not in obs]
+    if missing:
+        raise DatasetError(f"agent_pos needs the observations {missing}, got only {sorted(obs)}; record them too.")
+    quat_T4 = continuous_quat(obs[EEF_QUAT], None if previous_P is None else previous_P[3:7])
+    return np.concatenate([obs[EEF_POS], quat_T4, obs[GRIPPER]], axis=1, dtype=np.float32, casting="same_kind")
