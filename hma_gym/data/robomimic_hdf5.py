@@ -196,7 +196,7 @@ def merge_shards(parts: str | Path, out: str | Path) -> Path:
         free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise StorageError(
-            f"cannot write {str(out)!r}: merging needs about {needed >> 20} MiB and {free >> 20} MiB are free; "
+            f"cannot write {str(out)!r}: merging needs about {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
             "free some space and start the same command again, the episodes are kept in "
             f"{str(parts)!r}."
         )
