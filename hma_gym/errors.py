@@ -63,3 +63,7 @@ class CheckpointError(HMAError, ValueError):
 
 class ResumeError(HMAError, RuntimeError):
     """An interrupted run cannot be resumed as asked: its configuration or files do not match."""
+
+
+class TrainingDiverged(HMAError, ArithmeticError):
+    """Losses or gradients stayed non-finite; the run's last saved state is from before."""
