@@ -1,1 +1,1 @@
-"""The learned dynamics: masking, decoding, rollout, checkpoints."""
+"""The action-video dynamics model: masking, token heads, the model, rollouts with a cache, checkpoints."""

@@ -1,1 +1,1 @@
-"""Network parts shared by the models."""
+"""Network parts: attention behind one seam, rotary time, modulation, the space-time transformer, vocabularies."""

@@ -1,0 +1,80 @@
+"""The protocol between the trunk and a kind of token.
+
+A token head embeds a frame's tokens into trunk positions, and turns the trunk's features back into tokens. The
+discrete head (:mod:`hma_gym.dynamics.maskgit`) and the continuous one (:mod:`hma_gym.dynamics.mar`) share this
+protocol, so that masking, decoding, rollouts, environments and training know no kind of token.
+
+Shape legend: B rows, T frames, S tokens of a frame (as the tokenizer gives them), N trunk positions (N = S / patch**2),
+C channels of a soft token, D width. ``tokens`` are (..., S, C) float for soft and (..., S) int64 for discrete heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hma_gym.nn import noise
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where a rollout's random numbers come from: see :mod:`hma_gym.nn.noise`. ``stream`` tells draws of a step apart."""
+
+    seed_B: Tensor
+    step_B: Tensor
+    stream: int
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) uniform numbers in (0, 1)."""
+        return noise.uniform(self.seed_B, self.step_B, self.stream, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """(B, *shape) standard normal numbers."""
+        return noise.normal(self.seed_B, self.step_B, self.stream, shape)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """(B, *shape) standard Gumbel numbers."""
+        return noise.gumbel(self.seed_B, self.step_B, self.stream, shape)
+
+
+class TokenHead(Protocol):
+    """What a kind of token must know how to do. Implementations are modules."""
+
+    kind: str
+    positions: int
+
+    def embed_previous(self, tokens: Tensor) -> Tensor:
+        """Tokens of the previous frame, (B, T, S...), as inputs (B, T, N, D)."""
+        ...
+
+    def embed_current(self, tokens: Tensor, masked_BTN: Tensor) -> Tensor:
+        """Tokens of the frame itself, masked where told, as inputs (B, T, N, D)."""
+        ...
+
+    def corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """Tokens with the kind of errors that a rollout makes, same shape."""
+        ...
+
+    def loss(
+        self, features_BTND: Tensor, tokens: Tensor, previous: Tensor, masked_BTN: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over masked positions and detached metrics."""
+        ...
+
+    def sample(self, features_BND: Tensor, previous: Tensor, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
+        """One frame's tokens (B, S...) and the order of unmasking, highest first, (B, N).
+
+        Temperature 0 gives the mode (discrete) or the mean (soft).
+        """
+        ...
+
+    def merge(self, old: Tensor, new: Tensor, masked_BN: Tensor) -> Tensor:
+        """``new`` tokens where masked, ``old`` ones elsewhere."""
+        ...
+
+    def blank(self, like: Tensor) -> Tensor:
+        """Placeholder tokens of the shape of ``like``; their values are never seen."""
+        ...

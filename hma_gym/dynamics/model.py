@@ -1,0 +1,627 @@
+"""The action-video dynamics model (HMA, arXiv 2502.04296, Sections 3.2 to 3.5).
+
+Notable features:
+
+- one trunk for all domains; each domain has its own action stem, modulation, state and action heads
+  (:class:`DomainAdapter`), and rows of different domains share a batch;
+- ``shifted`` conditioning (default): the column of frame t is given all tokens of frame t - 1 and the unmasked ones
+  of frame t. A frame passes through the trunk once, its keys and values are final at once, and training every frame
+  of a clip in one stream is exactly the cached inference condition. ``in_place`` is the paper's: the column of frame
+  t holds frame t's own tokens, and a finished frame must pass again to enter the cache (it shares that pass with the
+  first one of the next frame);
+- forward, passive, policy and full dynamics are maskings of this one model: with or without the action given, with
+  or without the frame revealed (Section 3.4);
+- trained in part on its own rollouts, so that it learns to stay on course after its own errors.
+
+Shape legend: B rows, T frames, S tokens of a frame, N trunk positions, Z extra positions (1 state + action tokens),
+D width, L layers, M modulation vectors, A action dims (of the widest domain, padded), P agent_pos dims, X target dims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hma_gym.domains import Domain
+from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
+from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
+from hma_gym.dynamics.masking import masked_after, training_mask, unmask
+from hma_gym.dynamics.rollout import RolloutState, StepOutput
+from hma_gym.errors import InvalidArgument, UnknownName
+from hma_gym.nn.transformer import Cache, SpaceTimeTransformer, TrunkConfig
+
+Conditioning = Literal["shifted", "in_place"]
+
+#: Width at which muP's learning-rate multipliers are 1.
+BASE_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """The model.
+
+    Attributes:
+        trunk: geometry of the shared transformer.
+        head: the kind of token: a :class:`FlowHeadConfig` (soft) or a :class:`MaskGITHeadConfig` (discrete).
+        conditioning: see the module's docstring.
+        action_tokens: extra positions that carry the action beside modulation (``concat``; the paper uses 64).
+        decode_steps: unmasking steps a frame at inference, at least 1.
+        temperature: of sampling; 0 is greedy.
+        mask_full, mask_minimum: share of training frames that are wholly masked, and the least ratio of the others.
+        action_mask: share of training rows whose actions are hidden (passive, policy and full dynamics).
+        state_noise: corruption of the previous agent_pos, in units of one step's standard change.
+        rollout_share: share of training rows whose inputs are the model's own rollout.
+        rollout_max: longest own rollout before the training clip ends, in frames.
+        state_weight, target_weight, action_weight: weights of these losses beside the tokens'.
+    """
+
+    trunk: TrunkConfig = TrunkConfig()
+    head: FlowHeadConfig | MaskGITHeadConfig = FlowHeadConfig()
+    conditioning: Conditioning = "shifted"
+    action_tokens: int = 0
+    decode_steps: int = 1
+    temperature: float = 1.0
+    mask_full: float = 0.8
+    mask_minimum: float = 0.5
+    action_mask: float = 0.05
+    state_noise: float = 0.5
+    rollout_share: float = 0.0
+    rollout_max: int = 32
+    state_weight: float = 0.5
+    target_weight: float = 0.25
+    action_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.decode_steps < 1 or self.temperature < 0:
+            raise InvalidArgument(
+                "dynamics: decode_steps must be at least 1 and temperature at least 0, got "
+                f"decode_steps={self.decode_steps}, temperature={self.temperature}."
+            )
+        if self.conditioning not in ("shifted", "in_place"):
+            raise InvalidArgument(f"dynamics: conditioning must be 'shifted' or 'in_place', got {self.conditioning!r}.")
+
+
+class ModulationBank(nn.Module):
+    """One domain's modulation of all layers, from the action's embedding, in two matrix products a frame."""
+
+    def __init__(self, trunk: TrunkConfig) -> None:
+        super().__init__()
+        self.shape = (trunk.layers, trunk.modulation_vectors, trunk.width)
+        out = trunk.layers * trunk.modulation_vectors * trunk.width
+        if trunk.modulation == "adaln":
+            self.hidden: nn.Parameter | None = None
+            self.out = nn.Parameter(torch.empty(1, trunk.width, out))
+        else:
+            self.hidden = nn.Parameter(torch.empty(trunk.layers, trunk.width, trunk.width))
+            self.out = nn.Parameter(torch.empty(trunk.layers, trunk.width, out // trunk.layers))
+            nn.init.xavier_normal_(self.hidden)
+        nn.init.normal_(self.out, std=0.1 / math.sqrt(trunk.width))
+        self.bias = nn.Parameter(torch.zeros(out))
+
+    def forward(self, action_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, L, M, D)."""
+        embedded = F.silu(action_BTD)
+        if self.hidden is None:
+            y = embedded @ self.out[0]
+        else:
+            hidden = F.silu(torch.einsum("btd,lde->btle", embedded, self.hidden))
+            y = torch.einsum("btle,lef->btlf", hidden, self.out).flatten(2)
+        return (y + self.bias).unflatten(-1, self.shape)
+
+
+class DomainAdapter(nn.Module):
+    """What belongs to one embodiment: action stem, modulation, and the heads for state, action and targets."""
+
+    def __init__(self, domain: Domain, config: DynamicsConfig) -> None:
+        super().__init__()
+        self.domain = domain
+        width = config.trunk.width
+        self.action_size = domain.action_dim * domain.stride
+        self.action_tokens = config.action_tokens
+        for name in ("action_mean", "action_std", "state_mean", "state_std", "delta_std", "target_mean", "target_std"):
+            self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
+        self.stem = nn.Sequential(nn.Linear(self.action_size, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in (self.stem[0], self.stem[2]):
+            nn.init.xavier_uniform_(layer.weight, gain=0.1 if layer is self.stem[2] else 1.0)
+            nn.init.zeros_(layer.bias)
+        self.no_action = nn.Parameter(torch.zeros(width))
+        self.modulation = ModulationBank(config.trunk)
+        self.action_in = nn.Linear(width, config.action_tokens * width) if config.action_tokens else None
+        self.state_in = nn.Linear(max(domain.state_dim, 1), width)
+        self.state_out = nn.Linear(width, max(domain.state_dim, 1))
+        self.action_out = nn.Linear(width, self.action_size)
+        self.target_out = nn.Linear(width, max(domain.target_dim, 1))
+        for readout in (self.state_out, self.action_out, self.target_out):
+            nn.init.zeros_(readout.weight)
+            nn.init.zeros_(readout.bias)
+
+    def normalise_action(self, action: Tensor) -> Tensor:
+        """Raw action chunks (..., stride * A) in env units to zero mean and unit variance."""
+        stride = self.domain.stride
+        mean, std = self.get_buffer("action_mean").repeat(stride), self.get_buffer("action_std").repeat(stride)
+        return (action - mean) / std
+
+    def embed_action(self, action: Tensor, given: Tensor) -> Tensor:
+        """Normalised actions (..., stride * A) and where they are given (...) bool -> (..., D)."""
+        embedded: Tensor = self.stem(action)
+        return torch.where(given[..., None], embedded, self.no_action.to(embedded.dtype))
+
+    def embed_state(self, agent_pos: Tensor) -> Tensor:
+        """agent_pos (..., P) in its own units -> (..., D); a constant where the domain has no state."""
+        if self.domain.state_dim == 0:
+            agent_pos = agent_pos.new_zeros(*agent_pos.shape[:-1], 1)
+        else:
+            agent_pos = (agent_pos - self.get_buffer("state_mean")) / self.get_buffer("state_std")
+        embedded: Tensor = self.state_in(agent_pos)
+        return embedded
+
+    def next_state(self, feature: Tensor, agent_pos: Tensor) -> Tensor:
+        """The state head: (..., D) and the previous agent_pos (..., P) -> the next one, in its own units."""
+        if self.domain.state_dim == 0:
+            return agent_pos
+        return agent_pos + self.state_out(feature).float() * self.get_buffer("delta_std")
+
+    def targets(self, feature: Tensor) -> Tensor:
+        """The auxiliary head: (..., D) -> privileged targets (..., X), in their own units."""
+        if self.domain.target_dim == 0:
+            return feature.new_zeros(*feature.shape[:-1], 0, dtype=torch.float32)
+        return self.get_buffer("target_mean") + self.target_out(feature).float() * self.get_buffer("target_std")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The trunk's output for some frames: token positions, the state position, and the pooled feature."""
+
+    tokens_BTND: Tensor
+    state_BTD: Tensor
+    pooled_BTD: Tensor
+
+
+class Dynamics(nn.Module):
+    """Forward, passive, policy and full dynamics over one or more domains.
+
+    Args:
+        config: the model.
+        domains: the embodiments, in the order of their indices.
+    """
+
+    def __init__(self, config: DynamicsConfig, domains: Sequence[Domain]) -> None:
+        super().__init__()
+        if not domains or len({domain.name for domain in domains}) != len(domains):
+            raise InvalidArgument(
+                f"dynamics: needs one or more domains with different names, got {[d.name for d in domains]}."
+            )
+        self.config = config
+        self.domains = tuple(domains)
+        width = config.trunk.width
+        self.head: FlowHead | MaskGITHead = (
+            FlowHead(config.head, width) if isinstance(config.head, FlowHeadConfig) else MaskGITHead(config.head, width)
+        )
+        self.trunk = SpaceTimeTransformer(config.trunk)
+        self.positions = self.head.positions + 1 + config.action_tokens
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(self.positions, width))
+        frames = config.trunk.window if config.trunk.positions == "learned" else 0
+        self.time_embedding = nn.Parameter(torch.zeros(frames, self.positions, width)) if frames else None
+        self.adapters = nn.ModuleDict({domain.name: DomainAdapter(domain, config) for domain in domains})
+        self.action_size = max(domain.action_dim * domain.stride for domain in domains)
+        self.state_size = max(domain.state_dim for domain in domains)
+        self.target_size = max(domain.target_dim for domain in domains)
+
+    # ------------------------------------------------------------------ domains
+
+    def domain_index(self, name: str) -> int:
+        """Index of a domain by name; :class:`UnknownName` with the known ones otherwise."""
+        names = [domain.name for domain in self.domains]
+        if name not in names:
+            raise UnknownName("domain", name, names)
+        return names.index(name)
+
+    def adapter(self, index: int) -> DomainAdapter:
+        """The adapter of a domain by index."""
+        module = self.adapters[self.domains[index].name]
+        assert isinstance(module, DomainAdapter)
+        return module
+
+    def _groups(self, domain_B: Tensor) -> Iterator[tuple[DomainAdapter, Tensor | slice]]:
+        """The adapters in use and their rows; one group of all rows, without a sync, where there is one domain."""
+        if len(self.domains) == 1:
+            yield self.adapter(0), slice(None)
+            return
+        for index in range(len(self.domains)):
+            rows = (domain_B == index).nonzero()[:, 0]
+            if len(rows):
+                yield self.adapter(index), rows
+
+    # ------------------------------------------------------------------ the trunk's input and output
+
+    def normalise_actions(self, actions: Tensor, domain_B: Tensor) -> Tensor:
+        """Raw action chunks (B, T, A) in env units, padded to the widest domain, to normalised ones."""
+        result = torch.zeros_like(actions)
+        for adapter, rows in self._groups(domain_B):
+            result[rows, :, : adapter.action_size] = adapter.normalise_action(actions[rows, :, : adapter.action_size])
+        return result
+
+    def _condition(
+        self, actions_BTA: Tensor, given_BT: Tensor, agent_pos_BTP: Tensor, domain_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Modulation (B, T, L, M, D) and extra positions (B, T, Z, D), from normalised actions and raw agent_pos."""
+        parts = []
+        for adapter, rows in self._groups(domain_B):
+            action = adapter.embed_action(actions_BTA[rows, :, : adapter.action_size], given_BT[rows])
+            extra = adapter.embed_state(agent_pos_BTP[rows, :, : adapter.domain.state_dim])[:, :, None]
+            if adapter.action_in is not None:
+                tokens = adapter.action_in(action).unflatten(-1, (self.config.action_tokens, -1))
+                extra = torch.cat((extra, tokens), dim=2)
+            parts.append((rows, adapter.modulation(action), extra))
+        if len(parts) == 1:
+            return parts[0][1], parts[0][2]
+        order = torch.cat([torch.as_tensor(rows) for rows, _, _ in parts]).argsort()
+        return torch.cat([m for _, m, _ in parts])[order], torch.cat([e for _, _, e in parts])[order]
+
+    def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
+        return torch.cat((tokens_BTND, extra_BTZD.to(tokens_BTND.dtype)), dim=2) + self.position_embedding
+
+    def _columns(self, x_BTND: Tensor) -> Columns:
+        x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
+        n = self.head.positions
+        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2))
+
+    def clip_features(
+        self,
+        current: Tensor,
+        previous: Tensor,
+        masked_BTN: Tensor,
+        actions_BTA: Tensor,
+        given_BT: Tensor,
+        agent_pos_BTP: Tensor,
+        domain_B: Tensor,
+    ) -> Columns:
+        """The trunk over a whole clip, without a cache: what training and the equivalence tests use.
+
+        Args:
+            current: tokens of frames 1..T (shifted) or 0..T (in place).
+            previous: tokens of the frames before them; ignored in place.
+            masked_BTN: True where a current token is hidden.
+            actions_BTA: the normalised action that led to each frame; ``given_BT`` False hides it.
+            agent_pos_BTP: agent_pos of the frame before each frame, raw units.
+        """
+        modulation, extra = self._condition(actions_BTA, given_BT, agent_pos_BTP, domain_B)
+        x = self.head.embed_current(current, masked_BTN)
+        if self.config.conditioning == "shifted":
+            x = x + self.head.embed_previous(previous)
+        x = self._inputs(x, extra)
+        if self.time_embedding is not None:
+            x = x + self.time_embedding[: x.shape[1]]
+        return self._columns(self.trunk(x, modulation))
+
+    # ------------------------------------------------------------------ training
+
+    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked training (Section 3.3) on a batch of clips.
+
+        Args:
+            batch: ``tokens`` (B, T + 1, S...), ``actions`` (B, T, A) raw; optional ``agent_pos`` (B, T + 1, P) raw,
+                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False hides the action), ``domain`` (B,).
+                Where ``rollout_share`` > 0, T must be ``rollout_max`` + the clip's own length; teacher-forced rows
+                use a part of it.
+            generator: all random choices come from it.
+
+        Returns:
+            The loss and detached metrics.
+        """
+        config = self.config
+        tokens = batch["tokens"]
+        B, device = tokens.shape[0], tokens.device
+        domain_B = batch.get("domain", torch.zeros(B, dtype=torch.int64, device=device))
+        T = batch["actions"].shape[1]
+        agent_pos = batch.get("agent_pos", tokens.new_zeros(B, T + 1, self.state_size, dtype=torch.float32))
+        actions = self.normalise_actions(batch["actions"], domain_B)
+        given = batch.get("given", torch.ones(B, T, dtype=torch.bool, device=device))
+        hidden_B = torch.rand(B, generator=generator, device=device) < config.action_mask
+        given = given & ~hidden_B[:, None]
+        previous, previous_pos = self.head.corrupt(tokens[:, :-1], generator), agent_pos[:, :-1]
+        previous_pos = previous_pos + self._state_noise(previous_pos, domain_B, generator)
+        start = 0
+        if config.rollout_share > 0:
+            clip = T - config.rollout_max
+            start = int(torch.randint(config.rollout_max + 1, (1,), generator=generator, device=device))
+            own_B = torch.rand(B, generator=generator, device=device) < config.rollout_share
+            rows = own_B.nonzero()[:, 0]
+            if len(rows):
+                seeds = torch.randint(2**31, (len(rows),), generator=generator, device=device)
+                own, own_pos = self._own_rollout(
+                    tokens[rows], agent_pos[rows], actions[rows], domain_B[rows], seeds, start + clip
+                )
+                previous = previous.index_copy(0, rows, torch.cat((own, previous[rows, start + clip :]), dim=1))
+                previous_pos = previous_pos.index_copy(
+                    0, rows, torch.cat((own_pos, previous_pos[rows, start + clip :]), dim=1)
+                )
+            stop = start + clip
+            tokens, agent_pos = tokens[:, start : stop + 1], agent_pos[:, start : stop + 1]
+            previous, previous_pos = previous[:, start:stop], previous_pos[:, start:stop]
+            actions, given, T = actions[:, start:stop], given[:, start:stop], clip
+        masked = training_mask(B, T, self.head.positions, config.mask_full, config.mask_minimum, generator)
+        if config.conditioning == "shifted":
+            columns = self.clip_features(tokens[:, 1:], previous, masked, actions, given, previous_pos, domain_B)
+        else:
+            columns = self._in_place_columns(tokens, previous, masked, actions, given, previous_pos, domain_B)
+        loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], previous, masked, generator)
+        targets = batch["targets"][:, start + 1 : start + T + 1] if "targets" in batch else None
+        for name, weight, value in self._side_losses(
+            columns, previous_pos, agent_pos[:, 1:], actions, given, targets, domain_B
+        ):
+            loss = loss + weight * value
+            metrics[name] = value.detach()
+        return loss, metrics
+
+    def _in_place_columns(
+        self,
+        tokens: Tensor,
+        previous: Tensor,
+        masked_BTN: Tensor,
+        actions_BTA: Tensor,
+        given_BT: Tensor,
+        agent_pos_BTP: Tensor,
+        domain_B: Tensor,
+    ) -> Columns:
+        """The paper's layout: a clean start column, then the (partly masked) columns of frames 1..T."""
+        B, T = actions_BTA.shape[:2]
+        no_mask = torch.zeros_like(masked_BTN[:, :1])
+        current = torch.cat((previous[:, :1], tokens[:, 1:]), dim=1)
+        columns = self.clip_features(
+            current,
+            current,
+            torch.cat((no_mask, masked_BTN), dim=1),
+            torch.cat((torch.zeros_like(actions_BTA[:, :1]), actions_BTA), dim=1),
+            torch.cat((torch.zeros_like(given_BT[:, :1]), given_BT), dim=1),
+            torch.cat((agent_pos_BTP[:, :1], agent_pos_BTP), dim=1),
+            domain_B,
+        )
+        return Columns(columns.tokens_BTND[:, 1:], columns.state_BTD[:, 1:], columns.pooled_BTD[:, 1:])
+
+    def _state_noise(self, agent_pos_BTP: Tensor, domain_B: Tensor, generator: torch.Generator) -> Tensor:
+        """A constant offset and white noise on each row's agent_pos, of random size."""
+        B, T, P = agent_pos_BTP.shape
+        device = agent_pos_BTP.device
+        level = self.config.state_noise * torch.rand(B, 1, 1, generator=generator, device=device)
+        offset = torch.randn(B, 1, P, generator=generator, device=device)
+        white = torch.randn(B, T, P, generator=generator, device=device)
+        noise = level * (offset + white)
+        for adapter, rows in self._groups(domain_B):
+            noise[rows, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
+        return noise
+
+    @torch.no_grad()
+    def _own_rollout(
+        self, tokens: Tensor, agent_pos: Tensor, actions: Tensor, domain_B: Tensor, seed_B: Tensor, frames: int
+    ) -> tuple[Tensor, Tensor]:
+        """The model's own frames 0..frames-1 under the true (normalised) actions: inputs for the training columns."""
+        state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain=domain_B)
+        kept, kept_pos = [state.tokens], [state.agent_pos_BP]
+        for t in range(frames - 1):
+            state, _ = self.step_normalised(state, actions[:, t], in_place=True)
+            kept.append(state.tokens)
+            kept_pos.append(state.agent_pos_BP)
+        return torch.stack(kept, dim=1), torch.stack(kept_pos, dim=1)
+
+    def _side_losses(
+        self,
+        columns: Columns,
+        previous_pos: Tensor,
+        agent_pos: Tensor,
+        actions: Tensor,
+        given: Tensor,
+        targets: Tensor | None,
+        domain_B: Tensor,
+    ) -> list[tuple[str, float, Tensor]]:
+        """State, target and action losses, each (name, weight, mean over all rows)."""
+        config, B = self.config, len(domain_B)
+        state_loss = target_loss = action_loss = columns.state_BTD.new_zeros((), dtype=torch.float32)
+        for adapter, rows in self._groups(domain_B):
+            share = len(columns.state_BTD[rows]) / B
+            feature, domain = columns.state_BTD[rows], adapter.domain
+            if domain.state_dim:
+                P = domain.state_dim
+                predicted = adapter.next_state(feature, previous_pos[rows, :, :P])
+                error = (predicted - agent_pos[rows, :, :P]) / adapter.get_buffer("delta_std")
+                state_loss = state_loss + share * F.smooth_l1_loss(error, torch.zeros_like(error))
+            if domain.target_dim and targets is not None:
+                error = adapter.targets(feature) - targets[rows, :, : domain.target_dim]
+                error = error / adapter.get_buffer("target_std")
+                target_loss = target_loss + share * F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.2)
+            hidden = (~given[rows]).float()
+            wrong = (adapter.action_out(feature).float() - actions[rows, :, : adapter.action_size]).square().mean(-1)
+            action_loss = action_loss + share * (wrong * hidden).sum() / hidden.sum().clamp(min=1)
+        return [
+            ("state_loss", config.state_weight, state_loss),
+            ("target_loss", config.target_weight, target_loss),
+            ("action_loss", config.action_weight, action_loss),
+        ]
+
+    # ------------------------------------------------------------------ rollouts
+
+    def start(
+        self, tokens: Tensor, agent_pos_BP: Tensor | None, seed_B: Tensor, domain: str | Tensor | None = None
+    ) -> RolloutState:
+        """The state of B rollouts that begin at one real frame.
+
+        Args:
+            tokens: of that frame, (B, S, C) float or (B, S) int64.
+            agent_pos_BP: raw units; None for domains without a state.
+            seed_B: int64; same seed and actions, same frames.
+            domain: name, or int64 indices (B,), or None where the model has one domain.
+        """
+        B, device = len(tokens), tokens.device
+        if domain is None and len(self.domains) > 1:
+            raise InvalidArgument(
+                f"domain must be named where a model has several, got None; choose of {[d.name for d in self.domains]}."
+            )
+        if isinstance(domain, Tensor):
+            domain_B = domain
+        else:
+            index = 0 if domain is None else self.domain_index(domain)
+            domain_B = torch.full((B,), index, dtype=torch.int64, device=device)
+        if agent_pos_BP is None:
+            agent_pos_BP = torch.zeros(B, self.state_size, device=device)
+        cache = self.trunk.new_cache(B, self.positions, device, self.position_embedding.dtype)
+        return RolloutState(
+            tokens=tokens,
+            agent_pos_BP=agent_pos_BP.float(),
+            action_BA=torch.zeros(B, self.action_size, device=device),
+            acted_B=torch.zeros(B, dtype=torch.bool, device=device),
+            keys_BLWND=cache.keys_BLWND,
+            values_BLWND=cache.values_BLWND,
+            step_B=cache.step_B,
+            seed_B=seed_B.to(device=device, dtype=torch.int64),
+            domain_B=domain_B,
+        )
+
+    @torch.no_grad()
+    def step(
+        self, state: RolloutState, action_BA: Tensor | None, in_place: bool = False
+    ) -> tuple[RolloutState, StepOutput]:
+        """One frame of all rollouts: forward dynamics, or passive where ``action_BA`` is None.
+
+        Args:
+            action_BA: raw action chunks in env units, (B, stride * A).
+            in_place: reuse the cache memory of ``state``, which must not be used again; faster.
+
+        Returns:
+            The next state and what it shows.
+        """
+        if action_BA is None:
+            return self._step(state, torch.zeros_like(state.action_BA), torch.zeros_like(state.acted_B), in_place, None)
+        action_BA = self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
+        return self.step_normalised(state, action_BA, in_place)
+
+    def step_normalised(
+        self, state: RolloutState, action_BA: Tensor, in_place: bool = False
+    ) -> tuple[RolloutState, StepOutput]:
+        """As :meth:`step`, with actions that are normalised already."""
+        return self._step(state, action_BA, torch.ones_like(state.acted_B), in_place, None)
+
+    @torch.no_grad()
+    def observe(
+        self, state: RolloutState, action_BA: Tensor, tokens: Tensor, agent_pos_BP: Tensor | None
+    ) -> RolloutState:
+        """As :meth:`step`, but the new frame is given (real), not generated: gives a rollout more context."""
+        action_BA = self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
+        state, _ = self._step(state, action_BA, torch.ones_like(state.acted_B), False, tokens)
+        if agent_pos_BP is None:
+            return state
+        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP.float())
+
+    @torch.no_grad()
+    def act(self, state: RolloutState) -> Tensor:
+        """Policy dynamics: the action (B, stride * A) in env units that the data would take next (Section 3.4)."""
+        hidden = torch.zeros_like(state.acted_B)
+        columns, _ = self._first_pass(state, torch.zeros_like(state.action_BA), hidden, False)
+        result = torch.zeros_like(state.action_BA)
+        for adapter, rows in self._groups(state.domain_B):
+            action = adapter.action_out(columns.state_BTD[rows, -1]).float()
+            stride = adapter.domain.stride
+            std, mean = (
+                adapter.get_buffer("action_std").repeat(stride),
+                adapter.get_buffer("action_mean").repeat(stride),
+            )
+            result[rows, : adapter.action_size] = action * std + mean
+        return result
+
+    def _pass(
+        self,
+        cache: Cache,
+        embedded_BTND: Tensor,
+        condition: tuple[Tensor, Tensor],
+        commit: int,
+        in_place: bool,
+    ) -> tuple[Columns, Cache]:
+        x = self._inputs(embedded_BTND, condition[1])
+        if self.time_embedding is not None:
+            time = cache.step_B[:, None] + torch.arange(x.shape[1], device=x.device)
+            x = x + self.time_embedding[time.clamp(max=len(self.time_embedding) - 1)]
+        x, cache = self.trunk.extend(x, condition[0], cache, commit, in_place)
+        return self._columns(x), cache
+
+    def _first_pass(
+        self, state: RolloutState, action_BA: Tensor, given_B: Tensor, in_place: bool
+    ) -> tuple[Columns, Cache]:
+        """All tokens of the new frame masked. In place, the last frame's clean column is committed by the same pass."""
+        blank = self.head.blank(state.tokens)[:, None]
+        masked = torch.ones(len(state), 1, self.head.positions, dtype=torch.bool, device=blank.device)
+        pos = state.agent_pos_BP[:, None]
+        embedded = self.head.embed_current(blank, masked)
+        if self.config.conditioning == "shifted":
+            condition = self._condition(action_BA[:, None], given_B[:, None], pos, state.domain_B)
+            embedded = embedded + self.head.embed_previous(state.tokens[:, None])
+            return self._pass(state.cache, embedded, condition, 1, in_place)
+        condition = self._condition(
+            torch.stack((state.action_BA, action_BA), dim=1),
+            torch.stack((state.acted_B, given_B), dim=1),
+            pos.expand(-1, 2, -1),
+            state.domain_B,
+        )
+        clean = self.head.embed_current(state.tokens[:, None], ~masked)
+        columns, cache = self._pass(state.cache, torch.cat((clean, embedded), dim=1), condition, 1, in_place)
+        return Columns(columns.tokens_BTND[:, 1:], columns.state_BTD[:, 1:], columns.pooled_BTD[:, 1:]), cache
+
+    def _next_pass(
+        self,
+        state: RolloutState,
+        cache: Cache,
+        tokens: Tensor,
+        masked_BN: Tensor,
+        action_BA: Tensor,
+        given_B: Tensor,
+    ) -> Columns:
+        """A further unmasking pass over the new frame; nothing is committed, the first pass's column stays."""
+        condition = self._condition(action_BA[:, None], given_B[:, None], state.agent_pos_BP[:, None], state.domain_B)
+        embedded = self.head.embed_current(tokens[:, None], masked_BN[:, None])
+        past = cache
+        if self.config.conditioning == "shifted":
+            embedded = embedded + self.head.embed_previous(state.tokens[:, None])
+            past = Cache(cache.keys_BLWND, cache.values_BLWND, state.step_B)
+        return self._pass(past, embedded, condition, 0, False)[0]
+
+    def _step(
+        self, state: RolloutState, action_BA: Tensor, given_B: Tensor, in_place: bool, known: Tensor | None
+    ) -> tuple[RolloutState, StepOutput]:
+        """First pass, then unmasking; ``known`` tokens replace the generated ones."""
+        config, positions = self.config, self.head.positions
+        columns, cache = self._first_pass(state, action_BA, given_B, in_place)
+        first = columns
+        if known is None:
+            masked_BN = torch.ones(len(state), positions, dtype=torch.bool, device=action_BA.device)
+            tokens = self.head.blank(state.tokens)
+            for step in range(config.decode_steps):
+                if step:
+                    columns = self._next_pass(state, cache, tokens, masked_BN, action_BA, given_B)
+                draw = Draw(state.seed_B, state.step_B, step)
+                new, order_BN = self.head.sample(columns.tokens_BTND[:, 0], state.tokens, draw, config.temperature)
+                tokens = self.head.merge(tokens, new, masked_BN)
+                masked_BN = unmask(masked_BN, order_BN, masked_after(step, config.decode_steps, positions))
+        else:
+            tokens = known
+        agent_pos, targets = torch.zeros_like(state.agent_pos_BP), action_BA.new_zeros(len(state), self.target_size)
+        for adapter, rows in self._groups(state.domain_B):
+            P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
+            agent_pos[rows, :P] = adapter.next_state(feature, state.agent_pos_BP[rows, :P])
+            targets[rows, :X] = adapter.targets(feature)
+        after = dataclasses.replace(
+            state,
+            tokens=tokens,
+            agent_pos_BP=agent_pos,
+            action_BA=action_BA,
+            acted_B=given_B,
+            keys_BLWND=cache.keys_BLWND,
+            values_BLWND=cache.values_BLWND,
+            step_B=cache.step_B,
+        )
+        return after, StepOutput(tokens, agent_pos, first.pooled_BTD[:, 0].float(), targets)

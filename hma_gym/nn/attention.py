@@ -1,0 +1,88 @@
+"""Attention, in one place: the two implementations, rotary time positions and the ring buffer's geometry.
+
+Notable choices:
+
+- one function, :func:`attend`, is the only caller of softmax attention; ``matmul`` is the faster one to train on
+  CPUs at these sizes (the backward pass of the fused kernel dominates there), ``fused`` on GPUs;
+- time is encoded by rotary positions (Su et al. 2021, arXiv 2104.09864) and seen through a window of W frames, in
+  training as in inference, so a cache of W frames is exact however long the rollout is.
+
+Shape legend: B rows, T new frames, W window (frames in the cache), H heads, K head dim, Q queries, S keys.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Implementation = Literal["auto", "matmul", "fused"]
+
+
+def attend(
+    q_BHQK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    how: Implementation = "auto",
+) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q_BHQK, k_BHSK, v_BHSK: queries, keys and values; any equal leading dims in place of B and H.
+        scale: multiplies the scores; 1/sqrt(K) classically, proportional to 1/K under muP.
+        mask: bool, broadcastable to (..., Q, S); True where a query may look.
+        how: ``matmul``, ``fused`` (PyTorch's scaled_dot_product_attention), or ``auto``: fused on CUDA.
+
+    Returns:
+        (..., Q, K) in the dtype of the values.
+    """
+    if how == "fused" or (how == "auto" and q_BHQK.is_cuda):
+        return F.scaled_dot_product_attention(q_BHQK, k_BHSK, v_BHSK, attn_mask=mask, scale=scale)
+    scores = (q_BHQK * scale) @ k_BHSK.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+def rotary_angles(position: Tensor, dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions.
+
+    Args:
+        position: integer frame positions, any shape.
+        dim: head dim K, even.
+        base: longest wavelength over 2 pi, in frames; contexts here are tens of frames.
+
+    Returns:
+        cos, sin of shape (*position.shape, dim / 2), float32. Angles are formed in float64, so that position
+        100,000 loses nothing against position 0.
+    """
+    frequency = base ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float64) / dim)
+    angle = position.to(torch.float64).unsqueeze(-1) * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (first half, second half of the last dim) by the given angles; keeps the dtype of ``x``."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def window_mask(frames: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool: frame t may look at frames t - window + 1 .. t."""
+    time = torch.arange(frames, device=device)
+    age = time[:, None] - time[None, :]
+    return (age >= 0) & (age < window)
+
+
+def ring_positions(step_B: Tensor, window: int) -> Tensor:
+    """Which frame each slot of a ring buffer holds, (B, W).
+
+    Slot w holds the latest frame p < step with p % window == w; p < 0 where nothing was written yet.
+    """
+    slot = torch.arange(window, device=step_B.device)
+    last = step_B[:, None] - 1
+    return last - torch.remainder(last - slot, window)

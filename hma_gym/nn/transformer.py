@@ -1,0 +1,255 @@
+"""The trunk: a space-time transformer whose every block is modulated by the action (HMA, Section 3.2).
+
+Notable features:
+
+- attention within a frame is bidirectional, across time causal and windowed, per token position;
+- frame t is one column of tokens; its modulation comes from that frame's action and is computed once per frame;
+- ``forward`` runs whole clips (training), ``extend`` runs only new frames against a ring buffer (rollouts); both run
+  the same blocks and agree to float tolerance at any length;
+- two kinds of modulation: ``adaln`` (scale and shift of each normalised input, as in DiT) and ``residual`` (the
+  paper's: a modulated, projected copy is added before the temporal attention);
+- muP (Yang et al. 2022): attention scaled by 1/K, hidden matrices with variance 1/fan-in, see ``parameter_groups``
+  of the dynamics model for the learning rates.
+
+Shape legend: B rows, T frames, N tokens of a frame, D width, H heads, K head dim, L layers, W window,
+M modulation vectors a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hma_gym.errors import InvalidArgument
+from hma_gym.nn.attention import Implementation, attend, ring_positions, rotary_angles, rotate, window_mask
+
+ModulationKind = Literal["adaln", "residual"]
+TimePositions = Literal["rotary", "learned"]
+
+#: The head dim at which muP's 1/K attention scale equals the classical 1/sqrt(K).
+BASE_HEAD_DIM = 32
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Geometry of the trunk.
+
+    Attributes:
+        layers, width, heads: L, D and H; D must be divisible by 2 H (rotary positions pair dims).
+        window: W, frames that temporal attention sees, the current one included.
+        mlp_ratio: hidden width of the feed-forward part over D.
+        modulation: how actions enter each block, or how many vectors they cost.
+        positions: ``rotary`` (relative, any length) or ``learned`` (absolute, at most ``window`` frames a clip,
+            as in the published weights).
+        attention: the implementation that :func:`hma_gym.nn.attention.attend` uses.
+    """
+
+    layers: int = 6
+    width: int = 256
+    heads: int = 8
+    window: int = 8
+    mlp_ratio: float = 4.0
+    modulation: ModulationKind = "adaln"
+    positions: TimePositions = "rotary"
+    attention: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.width, self.heads, self.window) < 1 or self.width % (2 * self.heads):
+            raise InvalidArgument(
+                "trunk: layers, width, heads and window must be positive and width divisible by 2 * heads, got "
+                f"layers={self.layers}, width={self.width}, heads={self.heads}, window={self.window}."
+            )
+        if self.modulation not in ("adaln", "residual") or self.positions not in ("rotary", "learned"):
+            raise InvalidArgument(
+                "trunk: modulation must be 'adaln' or 'residual' and positions 'rotary' or 'learned', got "
+                f"modulation={self.modulation!r}, positions={self.positions!r}."
+            )
+
+    @property
+    def modulation_vectors(self) -> int:
+        """M: scale and shift for each of three inputs (adaln), or for one (residual)."""
+        return 6 if self.modulation == "adaln" else 2
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the last W frames of B rollouts: a ring buffer with static shapes.
+
+    Attributes:
+        keys_BLWND, values_BLWND: slot w of a row holds the latest frame p < step with p % W == w.
+        step_B: int64, frames committed so far, row by row (rows may be at different steps).
+    """
+
+    keys_BLWND: Tensor
+    values_BLWND: Tensor
+    step_B: Tensor
+
+
+class Projection(nn.Module):
+    """Queries, keys and values in one matrix, and the output projection, of one attention layer."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width)
+
+
+class Block(nn.Module):
+    """Spatial attention, temporal attention, feed-forward; each input normalised and modulated by the action."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.width // config.heads
+        self.scale = math.sqrt(BASE_HEAD_DIM) / self.head_dim
+        hidden = int(config.width * config.mlp_ratio)
+        self.spatial = Projection(config)
+        self.temporal = Projection(config)
+        self.up = nn.Linear(config.width, hidden)
+        self.down = nn.Linear(hidden, config.width)
+        self.mix = nn.Linear(config.width, config.width) if config.modulation == "residual" else None
+
+    def _normalise(self, x_BTND: Tensor, modulation_BTMD: Tensor, part: int) -> Tensor:
+        x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
+        if self.mix is not None:
+            return x_BTND
+        shift, scale = modulation_BTMD[:, :, 2 * part, None], modulation_BTMD[:, :, 2 * part + 1, None]
+        return torch.addcmul(x_BTND + shift, x_BTND, scale)
+
+    def _space(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> Tensor:
+        B, T, N, D = x_BTND.shape
+        qkv = self.spatial.qkv(self._normalise(x_BTND, modulation_BTMD, 0))
+        q, k, v = qkv.view(B * T, N, 3, self.config.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = attend(q, k, v, self.scale, how=self.config.attention)
+        x_BTND = x_BTND + self.spatial.out(y.transpose(1, 2).reshape(B, T, N, D))
+        if self.mix is not None:
+            shift, scale = modulation_BTMD[:, :, 0, None], modulation_BTMD[:, :, 1, None]
+            x_BTND = x_BTND + self.mix(F.layer_norm(x_BTND, (D,)) * (1 + scale) + shift)
+        return x_BTND
+
+    def _time_qkv(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of temporal attention, each (B, T, N, H, K), not yet rotated."""
+        B, T, N, _ = x_BTND.shape
+        qkv = self.temporal.qkv(self._normalise(x_BTND, modulation_BTMD, 1))
+        q, k, v = qkv.view(B, T, N, 3, self.config.heads, self.head_dim).unbind(3)
+        return q, k, v
+
+    def _feed_forward(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> Tensor:
+        return x_BTND + self.down(F.gelu(self.up(self._normalise(x_BTND, modulation_BTMD, 2)), approximate="tanh"))
+
+    def forward(self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """A whole clip. ``rotary``: cosines and sines (T, K/2); ``mask``: (T, T) bool."""
+        x_BTND = self._space(x_BTND, modulation_BTMD)
+        B, T, N, D = x_BTND.shape
+        cos, sin = (angle[:, None, None] for angle in rotary)
+        q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
+        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        y = attend(q, k, v, self.scale, mask, how=self.config.attention)
+        x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
+        return self._feed_forward(x_BTND, modulation_BTMD)
+
+    def extend(
+        self,
+        x_BTND: Tensor,
+        modulation_BTMD: Tensor,
+        rotary_BT: tuple[Tensor, Tensor],
+        past_BWND: tuple[Tensor, Tensor],
+        mask_BTS: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New frames only, against the ring buffer. Returns the output and the new keys and values, (B, T, N, D).
+
+        ``rotary_BT``: cosines and sines (B, T, K/2); ``mask_BTS``: (B, T, W + T) bool, True where a frame may look.
+        """
+        x_BTND = self._space(x_BTND, modulation_BTMD)
+        B, T, N, D = x_BTND.shape
+        heads, W = self.config.heads, past_BWND[0].shape[1]
+        cos, sin = (angle[:, :, None, None] for angle in rotary_BT)
+        q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys = torch.cat((past_BWND[0].view(B, W, N, heads, -1).to(k.dtype), k), dim=1)
+        values = torch.cat((past_BWND[1].view(B, W, N, heads, -1).to(v.dtype), v), dim=1)
+        q, keys, values = (y.permute(0, 2, 3, 1, 4) for y in (q, keys, values))
+        y = attend(q, keys, values, self.scale, mask_BTS[:, None, None], how="matmul")
+        x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
+        return self._feed_forward(x_BTND, modulation_BTMD), k.reshape(B, T, N, D), v.reshape(B, T, N, D)
+
+
+class SpaceTimeTransformer(nn.Module):
+    """L blocks over (B, T, N, D)."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Variance 1/fan-in; matrices that write to the residual stream are smaller by sqrt(2 L)."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.zeros_(parameter)
+                continue
+            depth = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+            nn.init.normal_(parameter, std=1.0 / (math.sqrt(parameter.shape[1]) * depth))
+
+    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.positions == "learned":
+            position = torch.zeros_like(position)  # time enters by the input embedding; no rotation
+        return rotary_angles(position, self.config.width // self.config.heads)
+
+    def forward(self, x_BTND: Tensor, modulation_BTLMD: Tensor) -> Tensor:
+        """A clip of T frames from step 0. Returns (B, T, N, D)."""
+        T = x_BTND.shape[1]
+        rotary = self._angles(torch.arange(T, device=x_BTND.device))
+        mask = window_mask(T, self.config.window, x_BTND.device)
+        for layer, block in enumerate(self.blocks):
+            x_BTND = block(x_BTND, modulation_BTLMD[:, :, layer], rotary, mask)
+        return x_BTND
+
+    def new_cache(self, batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Cache:
+        """An empty cache for B rollouts of N tokens a frame; B * L * W * N * D * 2 numbers."""
+        config = self.config
+        shape = (batch, config.layers, config.window, tokens, config.width)
+        return Cache(
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(batch, device=device, dtype=torch.int64),
+        )
+
+    def extend(
+        self, x_BTND: Tensor, modulation_BTLMD: Tensor, cache: Cache, commit: int, in_place: bool = False
+    ) -> tuple[Tensor, Cache]:
+        """Run T new frames after the cached ones and commit the first ``commit`` of them to the cache.
+
+        Args:
+            in_place: write into the given cache's tensors (the caller gives that cache up) instead of a copy.
+
+        Returns:
+            (B, T, N, D), and the cache with ``step_B`` advanced by ``commit``.
+        """
+        config = self.config
+        B, T = x_BTND.shape[:2]
+        time = torch.arange(T, device=x_BTND.device)
+        position_BT = cache.step_B[:, None] + time
+        rotary = self._angles(position_BT)
+        past_BW = ring_positions(cache.step_B, config.window)
+        seen_BTW = (past_BW >= 0)[:, None] & (position_BT[:, :, None] - past_BW[:, None] < config.window)
+        new_TT = window_mask(T, config.window, x_BTND.device)
+        mask_BTS = torch.cat((seen_BTW, new_TT.expand(B, T, T)), dim=2)
+        keys, values = cache.keys_BLWND, cache.values_BLWND
+        if commit and not in_place:
+            keys, values = keys.clone(), values.clone()
+        rows = torch.arange(B, device=x_BTND.device)[:, None]
+        slots = torch.remainder(position_BT[:, :commit], config.window)
+        for layer, block in enumerate(self.blocks):
+            past = (cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer])
+            x_BTND, k, v = block.extend(x_BTND, modulation_BTLMD[:, :, layer], rotary, past, mask_BTS)
+            if commit:
+                keys[rows, layer, slots] = k[:, :commit].to(keys.dtype)
+                values[rows, layer, slots] = v[:, :commit].to(values.dtype)
+        return x_BTND, Cache(keys, values, cache.step_B + commit)
