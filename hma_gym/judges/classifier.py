@@ -14,15 +14,19 @@ Shape legend: B batch, K window, H W image, D code width, X position dims (3, me
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hma_gym.errors import CheckpointError, InvalidArgument, InvalidImage
+from hma_gym.errors import CheckpointError, InvalidArgument, InvalidImage, StorageError
 from hma_gym.judges.protocol import check_window
 
 
@@ -190,3 +194,36 @@ def build_classifier(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             )
     judge.load_state_dict({key: value.float() for key, value in tensors.items()})
     return judge.eval().requires_grad_(False)
+
+
+def save_judge(judge: ClassifierJudge, folder: str | Path) -> Path:
+    """Write ``judge.safetensors`` and ``judge.json`` into a folder (made if needed), and return it.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(judge.tensors(), folder / "judge.safetensors")
+        (folder / "judge.json").write_text(json.dumps(judge.config.to_dict(), indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write a judge to {str(folder)!r}: {error}; choose another folder.") from error
+    return folder
+
+
+def load_judge(folder: str | Path) -> ClassifierJudge:
+    """Read what :func:`save_judge` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or they do not fit together.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "judge.json").read_text())
+        tensors = load_file(folder / "judge.safetensors")
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"cannot read a judge from {str(folder)!r}: {error}; give a folder that `hma-gym train judge` wrote."
+        ) from error
+    return build_classifier(config, tensors)

@@ -1,0 +1,74 @@
+"""Ground truth row by row: what the simulator knew about each recorded frame.
+
+Shape legend: T rows of an episode, F rows of all chosen episodes end to end, H W image, 3 metres or channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hma_gym.data.episodes import Episode
+from hma_gym.errors import DatasetError
+
+OBJECT_KEY = "object"
+"""robosuite's object observation; its first three values are the object's position in metres (world frame)."""
+
+
+def success_by_row(episode: Episode) -> NDArray[np.bool_]:
+    """Whether the task is done in the state that row t shows: (T,).
+
+    ``rewards_T[t]`` speaks of the state after ``actions_TA[t]``, so it labels row t + 1; nothing is done at row 0.
+    """
+    success = np.zeros(len(episode), dtype=np.bool_)
+    success[1:] = episode.rewards_T[:-1] > 0
+    return success
+
+
+def object_by_row(episode: Episode) -> NDArray[np.float32]:
+    """Where the object is at each row: (T, 3) metres, NaN where the dataset does not tell."""
+    if OBJECT_KEY not in episode.obs:
+        return np.full((len(episode), 3), np.nan, dtype=np.float32)
+    return np.asarray(episode.obs[OBJECT_KEY][:, :3], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows of N episodes end to end.
+
+    Attributes:
+        frames_FHWC: uint8.
+        success_F: whether the task is done in this frame.
+        position_F3: where the object is (m), NaN where unknown.
+        first_F: the first row of each row's own episode, so that a window never reaches into another one.
+        last_N: the last row of each episode.
+    """
+
+    frames_FHWC: NDArray[np.uint8]
+    success_F: NDArray[np.bool_]
+    position_F3: NDArray[np.float32]
+    first_F: NDArray[np.int64]
+    last_N: NDArray[np.int64]
+
+    def windows(self, rows_B: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+        """Indices (B, window) of the last ``window`` rows up to each given row; an episode's first row repeats."""
+        back_K = np.arange(1 - window, 1)
+        return np.maximum(rows_B[:, None] + back_K, self.first_F[rows_B][:, None])
+
+
+def label_rows(episodes: Sequence[Episode]) -> LabelledRows:
+    """Put episodes end to end. Raises :class:`DatasetError` when there is none."""
+    if not episodes:
+        raise DatasetError("no episode to label; choose at least one.")
+    lengths = np.array([len(episode) for episode in episodes])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return LabelledRows(
+        frames_FHWC=np.concatenate([episode.images_THWC for episode in episodes]),
+        success_F=np.concatenate([success_by_row(episode) for episode in episodes]),
+        position_F3=np.concatenate([object_by_row(episode) for episode in episodes]),
+        first_F=np.repeat(starts[:-1], lengths),
+        last_N=starts[1:] - 1,
+    )

@@ -1,0 +1,336 @@
+"""Train the classifier judge on ground-truth frames whose outcome MuJoCo knows.
+
+    hma-gym train judge --data DATA.hdf5 --out runs/judge --minutes 6
+
+On one core, 6 minutes see about 100 thousand windows. ``out`` then holds ``judge.safetensors``, ``judge.json`` (its
+config, calibrated) and ``report.json`` (accuracy, precision, recall, Brier score and reliability on the test split).
+
+Half of each batch shows the object within 3 cm of the height that decides, where the errors are; half is drawn evenly.
+Some windows are shown as the tokenizer gives them back, with noise in the tokens, and all are damaged
+(:mod:`hma_gym.judges.augment`), so that generated frames are not foreign.
+
+Shape legend: B windows, K window, F rows, N episodes, H W C image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hma_gym.data.robomimic_hdf5 import open_dataset
+from hma_gym.errors import DatasetError, InvalidArgument
+from hma_gym.judges.augment import augment
+from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, save_judge
+from hma_gym.judges.rows import LabelledRows, label_rows
+from hma_gym.metrics.calibration import BinaryReport, binary_report
+from hma_gym.tokenizers.protocol import Tokenizer
+from hma_gym.training import (
+    Every,
+    OptimizerConfig,
+    ParameterGroup,
+    TrainConfig,
+    default_parameter_groups,
+    train,
+)
+
+
+@dataclass(frozen=True)
+class JudgeTrainConfig:
+    """One training run of a classifier judge.
+
+    Attributes:
+        data: robomimic file or ``.parts`` folder with rewards and images.
+        out: the run's folder.
+        minutes: wall-clock time of training.
+        steps: length in optimiser steps instead of minutes (exactly resumable).
+        batch_size: windows per step.
+        lr: peak learning rate of AdamW.
+        window: K, last frames the judge sees.
+        channels: widths of the encoder's stages.
+        width: size of a frame's code.
+        max_episodes: training episodes held in memory (the first so many of the train split; 0.8 MB each).
+        max_held_out: episodes of the valid and of the test split that are used.
+        roundtrip_episodes: training episodes also shown as the tokenizer reconstructs them (0 for none).
+        token_noise: standard deviation added to soft tokens in those (in units of the tokens' own).
+        decision_height: height of the object (m) that separates success from failure; rows near it are shown more
+            often. None shows all rows evenly.
+        position_weight: weight of the position loss beside the verdict's.
+        threads: torch threads.
+        seed: of everything random.
+        progress: show a progress bar.
+    """
+
+    data: Path
+    out: Path
+    minutes: float = 6.0
+    steps: int | None = None
+    batch_size: int = 64
+    lr: float = 2e-3
+    window: int = 4
+    channels: tuple[int, int, int] = (16, 32, 64)
+    width: int = 128
+    max_episodes: int = 1500
+    max_held_out: int = 400
+    roundtrip_episodes: int = 150
+    token_noise: float = 0.2
+    decision_height: float | None = 0.84
+    position_weight: float = 0.5
+    threads: int = 1
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "batch_size", "lr", "max_episodes", "max_held_out", "threads"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name} must be positive, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class JudgeTrainResult:
+    """What came out.
+
+    Attributes:
+        judge: calibrated, in eval mode.
+        folder: where its files are.
+        frames: the report over all rows of the test split.
+        outcomes: the report over the last rows of the test split's episodes.
+        position_error_m: median distance of the predicted from the true object position over those rows, metres.
+    """
+
+    judge: ClassifierJudge
+    folder: Path
+    frames: BinaryReport
+    outcomes: BinaryReport
+    position_error_m: float
+
+
+class JudgeTraining(nn.Module):
+    """The classifier with its loss, for :func:`hma_gym.training.loop.train`."""
+
+    def __init__(self, judge: ClassifierJudge, position_weight: float) -> None:
+        super().__init__()
+        self.judge = judge
+        self.position_weight = position_weight
+
+    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the verdict plus the Huber loss of the standardised position where it is known."""
+        frames_BKCHW = batch["frames_BKHWC"].permute(0, 1, 4, 2, 3).float() * (2 / 255) - 1
+        logit_B, position_B3 = self.judge(augment(frames_BKCHW, generator))
+        success_B = batch["success_B"].float()
+        verdict_loss = F.binary_cross_entropy_with_logits(logit_B, success_B)
+        target_B3 = (batch["position_B3"] - self.judge.position_mean) / self.judge.position_std
+        known_B3 = torch.isfinite(target_B3)
+        distance_B3 = F.smooth_l1_loss(position_B3, target_B3.nan_to_num(), beta=0.1, reduction="none")
+        position_loss = (distance_B3 * known_B3).sum() / known_B3.sum().clamp_min(1)
+        accuracy = ((logit_B > 0) == (success_B > 0.5)).float().mean()
+        metrics = {"verdict": verdict_loss.detach(), "position": position_loss.detach(), "accuracy": accuracy}
+        return verdict_loss + self.position_weight * position_loss, metrics
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """Every weight, the usual way."""
+        return default_parameter_groups(self)
+
+
+class JudgeBatches:
+    """Windows drawn from labelled rows: half near the deciding height, half evenly; a pure function of the step."""
+
+    def __init__(
+        self, rows: LabelledRows, config: JudgeTrainConfig, roundtrip_FHWC: NDArray[np.uint8] | None = None
+    ) -> None:
+        self.rows, self.config, self.roundtrip_FHWC = rows, config, roundtrip_FHWC
+        height_F = rows.position_F3[:, 2]
+        near = np.zeros(len(height_F), dtype=bool)
+        if config.decision_height is not None:
+            near = np.abs(np.nan_to_num(height_F, nan=np.inf) - config.decision_height) < 0.03
+        # Without heights, success and failure in equal parts is the next best balance.
+        if not near.any():
+            near = rows.success_F
+        self.near_rows = np.flatnonzero(near)
+
+    def batch(self, step: int) -> Mapping[str, Tensor]:
+        """``frames_BKHWC`` uint8, ``success_B`` bool, ``position_B3`` float32 (m)."""
+        generator = np.random.default_rng((self.config.seed, step))
+        size, total = self.config.batch_size, len(self.rows.success_F)
+        chosen_B = generator.integers(0, total, size)
+        if len(self.near_rows):
+            chosen_B[: size // 2] = generator.choice(self.near_rows, size // 2)
+        index_BK = self.rows.windows(chosen_B, self.config.window)
+        frames_BKHWC = self.rows.frames_FHWC[index_BK]
+        if self.roundtrip_FHWC is not None:
+            coded_B = (chosen_B < len(self.roundtrip_FHWC)) & (generator.random(size) < 0.7)
+            frames_BKHWC[coded_B] = self.roundtrip_FHWC[index_BK[coded_B]]
+        return {
+            "frames_BKHWC": torch.from_numpy(frames_BKHWC),
+            "success_B": torch.from_numpy(self.rows.success_F[chosen_B]),
+            "position_B3": torch.from_numpy(self.rows.position_F3[chosen_B]),
+        }
+
+
+@torch.inference_mode()
+def round_trip(
+    tokenizer: Tokenizer, frames_FHWC: NDArray[np.uint8], noise: float, seed: int, batch: int = 64
+) -> NDArray[np.uint8]:
+    """Frames as the tokenizer gives them back; soft tokens get noise of 0 to ``noise``, a level per batch."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, len(frames_FHWC), batch):
+        tokens = tokenizer.encode(torch.from_numpy(frames_FHWC[start : start + batch]))
+        if tokens.is_floating_point():
+            level = noise * torch.rand((), generator=generator)
+            tokens = tokens + level * torch.randn(tokens.shape, generator=generator).to(tokens)
+        parts.append(tokenizer.decode(tokens).numpy())
+    return np.concatenate(parts)
+
+
+def score_rows(
+    judge: ClassifierJudge, rows: LabelledRows, rows_B: NDArray[np.int64], batch: int = 128
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probability (B,) and predicted position (B, 3) at the given rows."""
+    probabilities, positions = [], []
+    for start in range(0, len(rows_B), batch):
+        index_BK = rows.windows(rows_B[start : start + batch], judge.window)
+        frames = torch.from_numpy(rows.frames_FHWC[index_BK])
+        probabilities.append(judge.probability(frames).double().numpy())
+        positions.append(judge.position(frames).double().numpy())
+    return np.concatenate(probabilities), np.concatenate(positions)
+
+
+def fit_temperature(logit_N: NDArray[np.float64], success_N: NDArray[np.bool_]) -> float:
+    """The temperature in [0.25, 8] with the least cross-entropy (Guo et al. 2017, Section 4.2), to 2 percent."""
+    grid = np.exp(np.arange(np.log(0.25), np.log(8.0), 0.02))
+    signed_N = np.where(success_N, logit_N, -logit_N)
+    losses = [np.logaddexp(0.0, -signed_N / temperature).mean() for temperature in grid]
+    return float(grid[int(np.argmin(losses))])
+
+
+def fit_threshold(probability_N: NDArray[np.float64], success_N: NDArray[np.bool_]) -> float:
+    """The threshold in [0.05, 0.95] whose verdicts succeed as often as the truth does; the nearest to 0.5 of the best.
+
+    An unbiased rate is what an evaluation rests on: a judge that errs must err both ways alike.
+    """
+    grid = np.round(np.arange(0.05, 0.951, 0.01), 2)
+    bias = np.array([abs(float((probability_N >= t).mean() - success_N.mean())) for t in grid])
+    best = grid[bias <= bias.min() + 1e-12]
+    return float(best[np.argmin(np.abs(best - 0.5))])
+
+
+def _load(path: Path, split: str, most: int) -> LabelledRows:
+    dataset = open_dataset(path)
+    positions = dataset.split(split)[:most]
+    if not positions:
+        raise DatasetError(f"{str(path)!r} has no episode in split {split!r}; record at least a dozen episodes.")
+    return label_rows([dataset[position] for position in positions])
+
+
+class _Accuracy:
+    """Accuracy on a fixed draw of validation rows."""
+
+    def __init__(self, rows: LabelledRows, seed: int, most: int = 2000) -> None:
+        total = len(rows.success_F)
+        self.rows = rows
+        self.chosen_B = np.random.default_rng(seed).permutation(total)[:most].astype(np.int64)
+
+    def __call__(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        assert isinstance(model, JudgeTraining)
+        probability, _ = score_rows(model.judge, self.rows, self.chosen_B)
+        report = binary_report(probability, self.rows.success_F[self.chosen_B])
+        return {"accuracy": report.accuracy, "brier": report.brier}
+
+
+def train_judge(config: JudgeTrainConfig, tokenizer: Tokenizer | None = None) -> JudgeTrainResult:
+    """Train, calibrate on the valid split, measure on the test split, and write the judge to ``config.out``.
+
+    Args:
+        config: the run.
+        tokenizer: whose round trips the judge shall know; None for real frames only.
+
+    Raises:
+        DatasetError: the data has no rewards to learn from (all rows alike), or an empty split.
+    """
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)  # the fresh weights
+    train_rows = _load(config.data, "train", config.max_episodes)
+    valid_rows = _load(config.data, "valid", config.max_held_out)
+    test_rows = _load(config.data, "test", config.max_held_out)
+    if train_rows.success_F.all() or not train_rows.success_F.any():
+        raise DatasetError(
+            f"{str(config.data)!r}: all {len(train_rows.success_F)} training rows have one outcome; a judge needs "
+            "episodes with success and with failure."
+        )
+    model = JudgeTraining(ClassifierJudge(_shape(config, train_rows)), config.position_weight)
+    coded = None
+    if tokenizer is not None and config.roundtrip_episodes > 0:
+        rows = int(train_rows.last_N[: config.roundtrip_episodes][-1]) + 1
+        coded = round_trip(tokenizer, train_rows.frames_FHWC[:rows], config.token_noise, config.seed)
+    recipe = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    loop = TrainConfig(
+        out=config.out,
+        steps=config.steps,
+        schedule_minutes=None if config.steps is not None else config.minutes,
+        optimizer=OptimizerConfig(lr=config.lr, weight_decay=0.02),
+        warmup_steps=50,
+        decay_fraction=0.4,
+        ema_decay=0.995,
+        checkpoint=Every(minutes=2),
+        evaluation=Every(minutes=2),
+        seed=config.seed,
+        progress=config.progress,
+        recipe=recipe,
+    )
+    result = train(model, JudgeBatches(train_rows, config, coded), loop, _Accuracy(valid_rows, config.seed))
+    with result.ema.applied_to(model):
+        raw = model.judge.calibrated(1.0, 0.5)
+        # Rounded to what is stored, so that the report is the shipped judge's.
+        raw.load_state_dict({key: value.half().float() for key, value in raw.state_dict().items()}, assign=True)
+    valid_B = np.arange(len(valid_rows.success_F), dtype=np.int64)
+    probability, _ = score_rows(raw, valid_rows, valid_B)
+    clipped = np.clip(probability, 1e-7, 1 - 1e-7)
+    logit = np.log(clipped) - np.log1p(-clipped)
+    temperature = fit_temperature(logit, valid_rows.success_F)
+    threshold = fit_threshold(1 / (1 + np.exp(-logit / temperature)), valid_rows.success_F)
+    judge = raw.calibrated(temperature, threshold)
+    return _measure(judge, test_rows, config.out)
+
+
+def _shape(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierConfig:
+    """The classifier's config for this data: its image size and the statistics of the object's position."""
+    height, width = rows.frames_FHWC.shape[1:3]
+    shape = ClassifierConfig(
+        window=config.window, image_size=(height, width), channels=config.channels, width=config.width
+    )
+    known = rows.position_F3[np.isfinite(rows.position_F3).all(axis=1)].astype(np.float64)
+    if not len(known):
+        return shape
+    (x, y, z), (dx, dy, dz) = known.mean(axis=0).tolist(), np.maximum(known.std(axis=0), 1e-3).tolist()
+    return dataclasses.replace(shape, position_mean=(x, y, z), position_std=(dx, dy, dz))
+
+
+def _measure(judge: ClassifierJudge, rows: LabelledRows, out: Path) -> JudgeTrainResult:
+    everywhere = np.arange(len(rows.success_F), dtype=np.int64)
+    probability, position = score_rows(judge, rows, everywhere)
+    frames = binary_report(probability, rows.success_F, judge.threshold)
+    outcomes = binary_report(probability[rows.last_N], rows.success_F[rows.last_N], judge.threshold)
+    distance = np.linalg.norm(position - rows.position_F3, axis=1)
+    known = distance[np.isfinite(distance)]
+    error = float(np.median(known)) if len(known) else float("nan")
+    folder = save_judge(judge, out)
+    report = {
+        "split": "test",
+        "episodes": len(rows.last_N),
+        "temperature": judge.config.temperature,
+        "threshold": judge.threshold,
+        "frames": dataclasses.asdict(frames),
+        "outcomes": dataclasses.asdict(outcomes),
+        "position_error_m": {"median": error, "p95": float(np.quantile(known, 0.95)) if len(known) else None},
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return JudgeTrainResult(judge, folder, frames, outcomes, error)

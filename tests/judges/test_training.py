@@ -1,0 +1,113 @@
+"""The judge learns a toy task through the common loop, and says truly how well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hma_gym.data.robomimic_hdf5 import open_dataset
+from hma_gym.errors import CheckpointError, DatasetError
+from hma_gym.judges import augment
+from hma_gym.judges.classifier import load_judge
+from hma_gym.judges.protocol import episode_probabilities, verdict
+from hma_gym.judges.rows import label_rows, object_by_row, success_by_row
+from hma_gym.training.judge import (
+    JudgeBatches,
+    JudgeTrainConfig,
+    fit_temperature,
+    fit_threshold,
+    train_judge,
+)
+
+
+def _config(data: Path, out: Path, **changes: object) -> JudgeTrainConfig:
+    fields: dict[str, object] = {
+        "data": data,
+        "out": out,
+        "steps": 300,
+        "window": 2,
+        "channels": (8, 8, 16),
+        "width": 32,
+        "decision_height": 0.85,
+        "progress": False,
+        **changes,
+    }
+    return JudgeTrainConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_success_of_a_row_is_the_reward_of_the_row_before(toy_data: Path) -> None:
+    episode = open_dataset(toy_data)[3]
+    assert np.array_equal(success_by_row(episode)[1:], object_by_row(episode)[1:, 2] >= 0.85 - 1e-6)
+
+
+def test_windows_stay_inside_their_episode(toy_data: Path) -> None:
+    dataset = open_dataset(toy_data)
+    rows = label_rows([dataset[0], dataset[1]])
+    assert rows.windows(np.array([0, 10, 11, 19]), 3).tolist() == [[0, 0, 0], [10, 10, 10], [10, 10, 11], [17, 18, 19]]
+    assert rows.last_N.tolist() == [9, 19]
+
+
+def test_batches_are_pure_and_show_the_boundary(toy_data: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(toy_data)
+    rows = label_rows([dataset[i] for i in dataset.split("train")])
+    batches = JudgeBatches(rows, _config(toy_data, tmp_path))
+    first, again, other = batches.batch(5), batches.batch(5), batches.batch(6)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["frames_BKHWC"], other["frames_BKHWC"])
+    near = (first["position_B3"][:, 2] - 0.85).abs() < 0.03
+    assert near[:32].all()
+
+
+def test_it_learns_and_is_stored_with_its_report(toy_data: Path, tmp_path: Path) -> None:
+    result = train_judge(_config(toy_data, tmp_path))
+    assert result.frames.accuracy > 0.9
+    assert result.position_error_m < 0.02
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["frames"]["accuracy"] == result.frames.accuracy
+    again = load_judge(tmp_path)
+    dataset = open_dataset(toy_data)
+    episodes = [dataset[i] for i in dataset.split("test")]
+    frames = torch.from_numpy(np.stack([episode.images_THWC for episode in episodes]))
+    truth = torch.from_numpy(np.stack([success_by_row(episode) for episode in episodes]))
+    agreement = (verdict(again, episode_probabilities(again, frames)) == truth).double().mean()
+    assert float(agreement) == pytest.approx(result.frames.accuracy)
+    (tmp_path / "judge.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="hma-gym train judge"):
+        load_judge(tmp_path)
+
+
+def test_data_without_success_is_refused(data_without_success: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="one outcome"):
+        train_judge(_config(data_without_success, tmp_path / "out"))
+
+
+def test_temperature_and_threshold_undo_a_known_fault() -> None:
+    generator = np.random.default_rng(0)
+    logit = generator.normal(0, 2, 20_000)
+    success = generator.random(20_000) < 1 / (1 + np.exp(-logit))
+    assert fit_temperature(3 * logit, success) == pytest.approx(3.0, rel=0.06)
+    optimist = 1 / (1 + np.exp(-(logit + 1.0)))
+    threshold = fit_threshold(optimist, success)
+    assert threshold > 0.6
+    assert (optimist >= threshold).mean() == pytest.approx(success.mean(), abs=0.01)
+
+
+def test_augmentations_keep_range_and_repeat_with_their_generator() -> None:
+    frames = torch.rand(6, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    once = augment.augment(frames, torch.Generator().manual_seed(1))
+    assert once.shape == frames.shape and once.min() >= -1 and once.max() <= 1
+    assert torch.equal(once, augment.augment(frames, torch.Generator().manual_seed(1)))
+    assert not torch.equal(once, augment.augment(frames, torch.Generator().manual_seed(2)))
+    paused = augment.repeat_frames(frames, torch.Generator().manual_seed(0), share=1.0)
+    assert torch.equal(paused, frames[:, -1:].expand_as(frames))
+    smooth = augment.blur(frames, torch.Generator().manual_seed(0), share=1.0)
+    assert smooth.std() < frames.std()
+    assert torch.allclose(smooth.mean(), frames.mean(), atol=0.01)
+    lossless = augment.compress_blocks(frames, torch.Generator().manual_seed(0), share=0.0)
+    assert torch.equal(lossless, frames)
+    lossy = augment.compress_blocks(frames, torch.Generator().manual_seed(0), share=1.0)
+    assert 0 < float((lossy - frames).abs().mean()) < 0.2
