@@ -159,4 +159,5 @@ class Domain:
                 f"domain: unknown keys {unknown}; this version of hma_gym knows {sorted(known)}. "
                 "A newer version may have written it: upgrade hma_gym."
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)

@@ -1,0 +1,115 @@
+"""The ``hma-gym`` command: a table of subcommands, each imported only when it is called.
+
+A subcommand is one row of :data:`COMMANDS`: a module, its frozen config dataclass, and the function that
+takes the config. tyro makes the options from the dataclass. A benchmark is any module of
+:mod:`hma_gym.benchmarks` with a ``Config`` and a ``main(config)``; it is found by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hma_gym import __version__
+from hma_gym.errors import HMAError, UnknownName
+
+PROGRAM = "hma-gym"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: ``function(config)`` of ``module``, with the options of its dataclass ``config``."""
+
+    summary: str
+    module: str
+    config: str
+    function: str
+
+
+COMMANDS: dict[str, Command] = {
+    "collect": Command(
+        "record a dataset of mixed quality in the ground truth",
+        "hma_gym.collection.collect",
+        "CollectConfig",
+        "collect",
+    ),
+}
+BENCH = "bench"
+
+
+def benchmark_names() -> list[str]:
+    """Names of the modules in :mod:`hma_gym.benchmarks`, without importing any of them."""
+    package = importlib.import_module("hma_gym.benchmarks")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+
+
+def usage() -> str:
+    """The text of ``hma-gym --help``."""
+    rows = {name: command.summary for name, command in COMMANDS.items()}
+    rows[f"{BENCH} NAME"] = f"run a benchmark: {', '.join(benchmark_names()) or 'none yet'}"
+    width = max(map(len, rows))
+    lines = [f"usage: {PROGRAM} COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {summary}" for name, summary in rows.items()]
+    lines += ["", f"{PROGRAM} COMMAND --help shows the options of a command; {PROGRAM} --version the version."]
+    return "\n".join(lines)
+
+
+def resolve(words: Sequence[str]) -> tuple[str, Command, list[str]]:
+    """The command that ``words`` begin with: its full name, its row and the remaining words.
+
+    Raises:
+        UnknownName: no command or benchmark of that name.
+    """
+    if words[0] == BENCH:
+        names = benchmark_names()
+        if len(words) < 2 or words[1] not in names:
+            raise UnknownName("benchmark", words[1] if len(words) > 1 else "", names)
+        return f"{BENCH} {words[1]}", Command("", f"hma_gym.benchmarks.{words[1]}", "Config", "main"), list(words[2:])
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, COMMANDS[name], list(words[length:])
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    received = " ".join(words[: 2 if group else 1])
+    raise UnknownName("command", received, group or [*COMMANDS, f"{BENCH} NAME"])
+
+
+def run(words: Sequence[str]) -> None:
+    """Import the command that ``words`` name, read its options, and call it."""
+    import tyro
+
+    name, command, options = resolve(words)
+    module = importlib.import_module(command.module)
+    config = tyro.cli(getattr(module, command.config), prog=f"{PROGRAM} {name}", args=options)
+    getattr(module, command.function)(config)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is 0, 2 for a mistake of the caller, 130 when interrupted.
+
+    An :class:`~hma_gym.errors.HMAError` becomes one line on stderr. Any other exception is a fault of this
+    package and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    try:
+        run(words)
+    except HMAError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What every test shares: a headless OpenGL, one thread per worker, and the rules for skipping.
+
+A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device. Tests marked
+``gl``, ``robomimic`` or ``browser`` are skipped, with the reason, on a machine that lacks these; under
+``CI=true`` they fail instead, so that continuous integration cannot lose them silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_MAKE_CONTEXT = """
+import mujoco
+context = mujoco.gl_context.GLContext(16, 16)
+context.make_current()
+context.free()
+"""
+
+
+@functools.cache
+def _lacks_gl() -> str:
+    if importlib.util.find_spec("mujoco") is None or importlib.util.find_spec("robosuite") is None:
+        return 'the extra "sim" is not installed: pip install "hma_gym[sim]"'
+    done = subprocess.run([sys.executable, "-c", _MAKE_CONTEXT], capture_output=True, text=True)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        return f"MuJoCo makes no OpenGL context here ({last}): apt-get install libegl1 libgl1-mesa-dri"
+    return ""
+
+
+@functools.cache
+def _lacks_robomimic() -> str:
+    if importlib.util.find_spec("robomimic") is None:
+        return "robomimic is not installed: make install"
+    return ""
+
+
+@functools.cache
+def _lacks_browser() -> str:
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        return "no Chromium here: apt-get install chromium"
+    return ""
+
+
+@functools.cache
+def _lacks_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device here"
+
+
+REQUIREMENTS = {"gl": _lacks_gl, "robomimic": _lacks_robomimic, "browser": _lacks_browser, "gpu": _lacks_gpu}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, lacks in REQUIREMENTS.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        reason = lacks()
+        if reason and marker != "gpu" and os.environ.get("CI") == "true":
+            pytest.fail(f"needed under CI=true: {reason}", pytrace=False)
+        if reason:
+            pytest.skip(reason)
