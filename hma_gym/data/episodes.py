@@ -94,36 +94,20 @@ class Episode:
         return len(self.images_THWC)
 
 
-def continuous_quat(quat_T4: NDArray[Any], previous_4: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Choose signs so that a quaternion track (T, 4), xyzw, does not jump between q and -q.
+def agent_pos_from_obs(obs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """Build agent_pos (..., 9) float32 from robosuite's observations (..., n), of one row or of many.
 
-    robosuite keeps w >= 0, and the gripper of a Panda that points down has w near 0, so its sign is noise.
-    The first row gets x > 0 (x has the largest magnitude in the downward pose), or the sign nearest to
-    ``previous_4``; each further row the sign nearest to the row before.
-    """
-    quat_T4 = np.array(quat_T4, copy=True)
-    if previous_4 is None:
-        previous_4 = np.array([1.0, 0.0, 0.0, 0.0])
-    agreement_T = np.einsum("ti,ti->t", quat_T4, np.concatenate([np.asarray(previous_4)[None], quat_T4[:-1]]))
-    signs_T = np.cumprod(np.where(agreement_T < 0, -1.0, 1.0))
-    return np.multiply(quat_T4, signs_T[:, None], dtype=quat_T4.dtype)
-
-
-def agent_pos_from_obs(obs: Mapping[str, NDArray[Any]], previous_P: NDArray[Any] | None = None) -> NDArray[np.float32]:
-    """Build agent_pos (T, 9) float32 from robosuite's observations of T rows.
-
-    The columns are ``robot0_eef_pos`` (3, metres), ``robot0_eef_quat`` (4, xyzw, sign-continuous, see
-    :func:`continuous_quat`) and ``robot0_gripper_qpos`` (2, metres).
-
-    Args:
-        obs: mapping with these three keys, T rows each.
-        previous_P: agent_pos of the step before the first row, in an episode that goes on.
+    The columns are ``robot0_eef_pos`` (3, metres), ``robot0_eef_quat`` (4, xyzw) and ``robot0_gripper_qpos``
+    (2, metres). A quaternion and its negative are the same rotation, and robosuite's choice (w >= 0) is noise for
+    a gripper that points down, where w is near 0. Here x, the largest component of that pose, is not negative,
+    which is continuous within 180 degrees of it and needs no memory of the step before.
 
     Raises:
-        DatasetError: a key is missing.
+        DatasetError: an observation is missing.
     """
     missing = [key for key in (EEF_POS, EEF_QUAT, GRIPPER) if key not in obs]
     if missing:
         raise DatasetError(f"agent_pos needs the observations {missing}, got only {sorted(obs)}; record them too.")
-    quat_T4 = continuous_quat(obs[EEF_QUAT], None if previous_P is None else previous_P[3:7])
-    return np.concatenate([obs[EEF_POS], quat_T4, obs[GRIPPER]], axis=1, dtype=np.float32, casting="same_kind")
+    quat = obs[EEF_QUAT]
+    upright = np.where(quat[..., :1] < 0, -quat, quat)
+    return np.concatenate([obs[EEF_POS], upright, obs[GRIPPER]], axis=-1, dtype=np.float32, casting="same_kind")

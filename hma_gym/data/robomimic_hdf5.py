@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hma_gym.data.episodes import EEF_POS, EEF_QUAT, GRIPPER, AttrValue, Episode, agent_pos_from_obs
-from hma_gym.errors import DatasetError, StorageError
+from hma_gym.errors import DatasetError, ResumeError, StorageError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -66,9 +66,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        # h5py names the errno in its text only.
-        found = re.search(r"errno = (\d+)", str(error))
-        code = error.errno or (int(found.group(1)) if found else None)
+        code = error.errno or 0
         remedy = {
             errno.ENOSPC: "the disk is full: free some space and start the same command again, it resumes",
             errno.EDQUOT: "the disk quota is used up: free some space and start the same command again, it resumes",
@@ -77,7 +75,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EPERM: "the folder is not writable: choose another path or change its permissions",
             errno.EROFS: "the file system is read-only: choose another path",
             errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-        }.get(code or 0, "check that the folder exists, is writable and has space")
+        }.get(code, "check that the folder exists, is writable and has space")
         raise StorageError(f"cannot write {str(path)!r} ({os.strerror(code) if code else error}); {remedy}.") from error
 
 
@@ -98,6 +96,7 @@ class EpisodeWriter:
 
     Raises:
         StorageError: the folder cannot be made or written.
+        ResumeError: the folder holds episodes that were made with another ``info``.
     """
 
     def __init__(self, path: str | Path, *, env_args: Mapping[str, Any], info: Mapping[str, Any]) -> None:
@@ -109,6 +108,18 @@ class EpisodeWriter:
             self.parts.mkdir(parents=True, exist_ok=True)
         if not os.access(self.parts, os.W_OK):
             raise StorageError(f"cannot write into {str(self.parts)!r}; choose another path or change its permissions.")
+        self._check_resume()
+
+    def _check_resume(self) -> None:
+        for shard in shard_files(self.parts).values():
+            with _open_h5(shard) as file:
+                found = str(_group(file, "data", shard).attrs.get("hma_gym"))
+            if found != self._info:
+                raise ResumeError(
+                    f"{str(self.parts)!r} holds episodes made with other settings ({found}) than now asked for "
+                    f"({self._info}); repeat the first command to resume it, delete the folder, or choose another path."
+                )
+            return
 
     def finished(self) -> list[int]:
         """Indices of the episodes that are safe on disk, ascending."""

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hma_gym.data.episodes import Episode, agent_pos_from_obs, continuous_quat
+from hma_gym.data.episodes import Episode, agent_pos_from_obs
 from hma_gym.data.robomimic_hdf5 import (
     EpisodeWriter,
     merge_shards,
@@ -19,7 +19,7 @@ from hma_gym.data.robomimic_hdf5 import (
     shard_files,
     split_of,
 )
-from hma_gym.errors import DatasetError, StorageError
+from hma_gym.errors import DatasetError, ResumeError, StorageError
 
 ENV_ARGS = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
 
@@ -124,14 +124,25 @@ def test_flat_arrays_and_deltas_keep_inside_episodes(recorded):
     assert np.array_equal(flat.deltas_FP(), inside)
 
 
-def test_quaternion_signs_do_not_jump():
+def test_quaternion_signs_do_not_jump_near_the_downward_pose():
     angle_T = np.linspace(-2.5, 2.5, 50)
     quat_T4 = np.stack([np.cos(angle_T / 2), np.sin(angle_T / 2), 0.02 * angle_T, 0.01 * angle_T], axis=1)
-    quat_T4 /= np.linalg.norm(quat_T4, axis=1, keepdims=True)
-    noisy_T4 = np.where(quat_T4[:, 3:] < 0, -quat_T4, quat_T4)
-    assert np.allclose(continuous_quat(noisy_T4), quat_T4)
-    assert np.allclose(continuous_quat(noisy_T4[20:], quat_T4[19]), quat_T4[20:])
-    assert np.allclose(continuous_quat(noisy_T4[20:], -quat_T4[19]), -quat_T4[20:])
+    as_robosuite_T4 = np.where(quat_T4[:, 3:] < 0, -quat_T4, quat_T4)
+    obs = {
+        "robot0_eef_pos": np.zeros((50, 3)),
+        "robot0_eef_quat": as_robosuite_T4,
+        "robot0_gripper_qpos": np.ones((50, 2)),
+    }
+    agent_pos_TP = agent_pos_from_obs(obs)
+    assert np.allclose(agent_pos_TP[:, 3:7], quat_T4)
+    assert np.array_equal(agent_pos_from_obs({key: value[7] for key, value in obs.items()}), agent_pos_TP[7])
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1}).append(make_episode(0))
+    assert EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1}).append(make_episode(1)) == 1
+    with pytest.raises(ResumeError, match="other settings.*delete the folder"):
+        EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 2})
 
 
 @pytest.mark.parametrize("rows", [0, 9])
