@@ -40,7 +40,8 @@ def join_factors(digits_F: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     vocabulary_size(sizes)
     if digits_F.shape[-1] != len(sizes):
         raise InvalidArgument(
-            f"digits must end in {len(sizes)} factors for the vocabulary {tuple(sizes)}, got shape {tuple(digits_F.shape)}"
+            f"digits must end in {len(sizes)} factors for the vocabulary {tuple(sizes)}, "
+            f"got shape {tuple(digits_F.shape)}"
         )
     tokens = torch.zeros_like(digits_F[..., 0])
     for position in reversed(range(len(sizes))):
