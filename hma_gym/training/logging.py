@@ -66,17 +66,14 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool) -> None:
+        tensorboard_writer = _tensorboard_writer(folder, from_step) if tensorboard else None
         self.path = folder / LOG_NAME
         kept = [row for row in read_log(self.path) if row["step"] <= from_step] if self.path.exists() else []
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._writer: Any = None
-        if tensorboard:
-            require("tensorboard", extra="train", purpose="TensorBoard logs (TrainConfig.tensorboard)")
-            module = require("torch.utils.tensorboard", extra="train", purpose="TensorBoard logs")
-            self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        self._writer = tensorboard_writer
 
     def write(self, kind: str, step: int, minutes: float, values: Mapping[str, Any]) -> None:
         row = {"kind": kind, "step": step, "minutes": round(minutes, 4)}
@@ -118,6 +115,13 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise DatasetError(f"{path}, line {number} has no integer 'step'; move the file away to go on.")
         rows.append(row)
     return rows
+
+
+def _tensorboard_writer(folder: Path, from_step: int) -> Any:
+    purpose = "TensorBoard logs (TrainConfig.tensorboard)"
+    require("tensorboard", extra="train", purpose=purpose)
+    module = require("torch.utils.tensorboard", extra="train", purpose=purpose)
+    return module.SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
 
 def _json_ready(value: Any) -> Any:

@@ -36,7 +36,7 @@ from hma_gym.training.config import FREE_ON_RESUME, TrainConfig, config_json, di
 from hma_gym.training.ema import EMA
 from hma_gym.training.logging import MetricsLog, RunningMeans
 from hma_gym.training.optim import Optimizer
-from hma_gym.training.saved import SavedState, read_state, saved_files, write_state
+from hma_gym.training.saved import SavedState, make_folder, read_state, saved_files, write_state
 
 
 class Trainable(Protocol):
@@ -122,17 +122,21 @@ def train(
     step, clock = _resume(model, ema, optimizer, config)
     compute_loss: LossFunction = torch.compile(trainable.loss) if config.compile else trainable.loss
     generator = torch.Generator(device=device)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     metrics: dict[str, float] = {}
     evaluation: dict[str, float] = {}
 
-    def save() -> Path:
+    def save() -> None:
+        meter.check()
+        broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if broken:
+            raise TrainingDiverged(f"at step {step} weights are not finite: {', '.join(broken[:5])}; {_remedy(config)}")
         tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"ema/{name}": value for name, value in ema.average.items()}
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.state_tensors().items()}
         state = SavedState(step, clock.minutes(), ema.updates, config_json(config), tensors)
         with clock.measured("save"):
-            return write_state(config.out, state, keep=config.keep_checkpoints)
+            write_state(config.out, state, keep=config.keep_checkpoints)
 
     with (
         MetricsLog(config.out, from_step=step, tensorboard=config.tensorboard) as log,
@@ -164,18 +168,20 @@ def train(
                 metrics = {"lr": config.optimizer.lr * factor, **meter.read(step)}
                 log.write("train", step, clock.minutes(), metrics)
             bar.show(step, clock.minutes(), metrics)
+            # Saved before evaluated: an evaluator that fails costs no training.
+            if progress >= 1 or config.checkpoint.due(step, clock.since("save")):
+                save()
             if evaluate is not None and (progress >= 1 or config.evaluation.due(step, clock.since("evaluate"))):
                 with clock.measured("evaluate"), _isolated_generators(device), ema.applied_to(model), torch.no_grad():
                     model.eval()
                     evaluation = {name: float(value) for name, value in evaluate(model, step).items()}
                     model.train()
                 log.write("eval", step, clock.minutes(), evaluation)
-            if progress < 1 and config.checkpoint.due(step, clock.since("save")):
-                save()
-        meter.check()
-        checkpoint = save()
+        if reason != "finished":
+            save()
     model.eval()
-    result = TrainResult(reason == "finished", reason, step, clock.minutes(), checkpoint, ema, metrics, evaluation)
+    newest = saved_files(config.out)[-1]
+    result = TrainResult(reason == "finished", reason, step, clock.minutes(), newest, ema, metrics, evaluation)
     if config.progress:
         _say(result, config)
     return result
@@ -332,13 +338,16 @@ class _Meter:
         """Raise :class:`TrainingDiverged` if ``nonfinite_limit`` steps in a row were not finite."""
         row = int(self._longest_row.item())
         if row >= self._config.nonfinite_limit:
-            files = saved_files(self._config.out)
-            last = f"the last saved state, {files[-1]}, is from before" if files else "nothing was saved before"
             raise TrainingDiverged(
                 f"the loss or its gradient was not finite for {row} steps in a row (nonfinite_limit is "
-                f"{self._config.nonfinite_limit}); {last}. Lower the learning rate, lengthen warmup_steps, or look for "
-                "values that are not finite in the data."
+                f"{self._config.nonfinite_limit}); {_remedy(self._config)}"
             )
+
+
+def _remedy(config: TrainConfig) -> str:
+    files = saved_files(config.out)
+    last = f"the last saved state, {files[-1]}, is from before." if files else "nothing was saved before."
+    return f"{last} Lower the learning rate, lengthen warmup_steps, or look for values that are not finite in the data."
 
 
 class _Feed:

@@ -44,7 +44,15 @@ def saved_files(out: Path) -> list[Path]:
     return sorted((out / SAVED_FOLDER).glob("step-*.safetensors"))
 
 
-def write_state(out: Path, state: SavedState, *, keep: int) -> Path:
+def make_folder(out: Path) -> None:
+    """Make a run's folder, or raise :class:`StorageError`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"`out` must be a folder that can be made and written, got {out}: {error}.") from error
+
+
+def write_state(out: Path, state: SavedState, *, keep: int) -> None:
     """Write ``state`` so that a crash at any moment leaves the earlier files whole; keep the newest ``keep``.
 
     Raises:
@@ -64,6 +72,8 @@ def write_state(out: Path, state: SavedState, *, keep: int) -> Path:
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in folder.glob("*.partial"):
+            left_by_a_kill.unlink()
         save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(facts)})
         _sync(partial)
         os.replace(partial, path)
@@ -76,7 +86,6 @@ def write_state(out: Path, state: SavedState, *, keep: int) -> Path:
             f"cannot save the training state to {folder}: {error}; free some space or choose another `out`. "
             "Earlier saved states are untouched."
         ) from error
-    return path
 
 
 def read_state(path: Path) -> SavedState:
