@@ -21,7 +21,7 @@ __all__ = ["__version__"]
 def _register_ids() -> None:
     from gymnasium.envs.registration import register
 
-    learned = {"entry_point": "hma_gym.envs.single:HMAEnv", "vector_entry_point": "hma_gym.envs.vector:HMAVectorEnv"}
+    single, vector = "hma_gym.envs.single:HMAEnv", "hma_gym.envs.vector:HMAVectorEnv"
     for task in TASKS.values():
         register(
             id=f"GroundTruth-{task.id_stem}-v0",
@@ -32,11 +32,12 @@ def _register_ids() -> None:
         if task.checkpoint is not None:
             register(
                 id=f"HMA-{task.id_stem}-v0",
+                entry_point=single,
+                vector_entry_point=vector,
                 max_episode_steps=task.horizon,
                 kwargs={"task": task.key},
-                **learned,
             )
-    register(id="HMA-v0", **learned)
+    register(id="HMA-v0", entry_point=single, vector_entry_point=vector)
 
 
 # A machine that only trains needs no Gymnasium: torch, numpy, h5py, einops, safetensors and tqdm are enough there.

@@ -21,12 +21,16 @@ PROGRAM = "hma-gym"
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: ``function(config)`` of ``module``, with the options of its dataclass ``config``."""
+    """One subcommand: ``function(config)`` of ``module``, with the options of its dataclass ``config``.
+
+    With ``positional``, the fields without a default are given by place: ``hma-gym data info FILE``.
+    """
 
     summary: str
     module: str
     config: str
     function: str
+    positional: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -35,6 +39,26 @@ COMMANDS: dict[str, Command] = {
         "hma_gym.collection.collect",
         "CollectConfig",
         "collect",
+    ),
+    "data info": Command(
+        "say what a dataset holds: demos, splits, outcomes, sizes",
+        "hma_gym.data.info",
+        "InfoConfig",
+        "info",
+        positional=True,
+    ),
+    "data view": Command(
+        "draw demos of a dataset: a contact sheet and a video",
+        "hma_gym.collection.view",
+        "ViewConfig",
+        "view",
+        positional=True,
+    ),
+    "train tokenizer": Command(
+        "train a tokenizer on a dataset", "hma_gym.training.recipes.tokenizer", "TokenizerOptions", "main"
+    ),
+    "train judge": Command(
+        "train the judge of success on a dataset", "hma_gym.training.judge", "JudgeTrainConfig", "train_judge"
     ),
 }
 BENCH = "bench"
@@ -83,7 +107,8 @@ def run(words: Sequence[str]) -> None:
 
     name, command, options = resolve(words)
     module = importlib.import_module(command.module)
-    config = tyro.cli(getattr(module, command.config), prog=f"{PROGRAM} {name}", args=options)
+    markers = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
+    config = tyro.cli(getattr(module, command.config), prog=f"{PROGRAM} {name}", args=options, config=markers)
     getattr(module, command.function)(config)
 
 
