@@ -4,7 +4,7 @@ Layout of a file (T rows; robomimic's tools read it as it is)::
 
     data                     attrs: total (rows), env_args (JSON), hma_gym (JSON: format, seed, collector config ...)
     data/demo_<i>            attrs: num_samples, model_file (MuJoCo XML), policy, mode, competence, category,
-                                    success (last row), success_ever, seed
+                                    success (last row), success_ever, seed, episode (its index)
         actions (T, A) float32          states (T, S) float64       rewards (T,) float32       dones (T,) int64
         obs/agentview_image (T, H, W, 3) uint8, upright             obs/agent_pos (T, P) float32
         obs/<further robosuite keys>    robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos, object ...
@@ -75,6 +75,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EPERM: "the folder is not writable: choose another path or change its permissions",
             errno.EROFS: "the file system is read-only: choose another path",
             errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+            errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
         }.get(code, "check that the folder exists, is writable and has space")
         raise StorageError(f"cannot write {str(path)!r} ({os.strerror(code) if code else error}); {remedy}.") from error
 
@@ -96,7 +97,7 @@ class EpisodeWriter:
 
     Raises:
         StorageError: the folder cannot be made or written.
-        ResumeError: the folder holds episodes that were made with another ``info``.
+        ResumeError: the file or its parts were made with another ``info``.
     """
 
     def __init__(self, path: str | Path, *, env_args: Mapping[str, Any], info: Mapping[str, Any]) -> None:
@@ -104,26 +105,27 @@ class EpisodeWriter:
         self.parts = parts_folder(path)
         self._env_args = json.dumps(env_args, indent=4)
         self._info = json.dumps({"format": FORMAT_VERSION, **info}, sort_keys=True)
-        with storage_errors(self.parts):
-            self.parts.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.parts, os.W_OK):
-            raise StorageError(f"cannot write into {str(self.parts)!r}; choose another path or change its permissions.")
+        folder = self.path.parent
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise StorageError(f"cannot write into {str(folder)!r}; choose another path or change its permissions.")
         self._check_resume()
 
     def _check_resume(self) -> None:
-        for shard in shard_files(self.parts).values():
-            with _open_h5(shard) as file:
-                found = str(_group(file, "data", shard).attrs.get("hma_gym"))
+        recorded = [self.path] if self.path.exists() else list(shard_files(self.parts).values())
+        for path in recorded[:1]:
+            with _open_h5(path) as file:
+                found = str(_group(file, "data", path).attrs.get("hma_gym"))
             if found != self._info:
                 raise ResumeError(
-                    f"{str(self.parts)!r} holds episodes made with other settings ({found}) than now asked for "
-                    f"({self._info}); repeat the first command to resume it, delete the folder, or choose another path."
+                    f"{str(path)!r} was made with other settings ({found}) than now asked for ({self._info}); "
+                    "repeat the first command to resume it, delete it, or choose another path."
                 )
-            return
 
     def finished(self) -> list[int]:
-        """Indices of the episodes that are safe on disk, ascending."""
-        return sorted(shard_files(self.parts))
+        """Indices of the episodes that are safe on disk, in the file or in its parts, ascending."""
+        return sorted(_episodes(self.parts, self.path))
 
     def write(self, index: int, episode: Episode) -> None:
         """Put episode ``index`` on disk: whole, or (on any failure) not at all.
@@ -137,9 +139,13 @@ class EpisodeWriter:
             data.attrs["total"] = len(episode)
             data.attrs["env_args"] = self._env_args
             data.attrs["hma_gym"] = self._info
-            _write_demo(data.create_group("demo_0"), episode)
+            demo = data.create_group("demo_0")
+            demo.attrs["episode"] = index
+            _write_demo(demo, episode)
             file.flush()
             image = file.id.get_file_image()
+        with storage_errors(self.parts):
+            self.parts.mkdir(exist_ok=True)
         write_atomically(self.parts / f"episode_{index:06d}.h5", image)
 
     def append(self, episode: Episode) -> int:
@@ -149,7 +155,7 @@ class EpisodeWriter:
         return index
 
     def merge(self) -> Path:
-        """Make the file out of the finished episodes, delete the parts, and return the file's path."""
+        """Bring the finished episodes into the file, delete the parts, and return the file's path."""
         merge_shards(self.parts, self.path)
         remove_parts(self.parts)
         return self.path
@@ -189,39 +195,53 @@ def remove_parts(parts: str | Path) -> None:
 
 
 def merge_shards(parts: str | Path, out: str | Path) -> Path:
-    """Make one robomimic file of the episodes in ``parts``; the compressed chunks are copied as they are.
+    """Make one robomimic file of the episodes in ``parts`` and, if it exists, in ``out``.
 
     Episodes become ``demo_0, demo_1 ...`` in the order of their indices; splits follow :func:`split_of` of that
-    number. ``out`` appears whole or not at all; the parts stay.
+    number. Compressed chunks are copied as they are. ``out`` appears whole or not at all; the parts stay.
 
     Raises:
         DatasetError: there is no finished episode, or one cannot be read.
         StorageError: the disk is full or not writable.
     """
     out = Path(out)
-    shards = list(shard_files(parts).values())
-    if not shards:
+    episodes = _episodes(parts, out)
+    if not episodes:
         raise DatasetError(f"no finished episode in {str(parts)!r}; collect at least one before merging.")
-    needed = sum(shard.stat().st_size for shard in shards)
+    files = {file for file, _ in episodes.values()}
+    if files == {out}:
+        return out
+    needed = sum(file.stat().st_size for file in files)
     with storage_errors(out):
         free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise StorageError(
             f"cannot write {str(out)!r}: merging needs about {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
-            "free some space and start the same command again, the episodes are kept in "
-            f"{str(parts)!r}."
+            f"free some space and start the same command again, the episodes are kept in {str(parts)!r}."
         )
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with storage_errors(out):
         try:
             with _LatchedFile(temporary) as stream:
-                _merge(shards, stream)
+                _merge([episodes[index] for index in sorted(episodes)], stream)
                 stream.commit()
             os.replace(temporary, out)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    for left_over in out.parent.glob(f".{out.name}.*.tmp"):
+        left_over.unlink(missing_ok=True)
     return out
+
+
+def _episodes(parts: str | Path, out: Path) -> dict[int, tuple[Path, str]]:
+    """Where each finished episode is: index -> (HDF5 file, group in it)."""
+    found: dict[int, tuple[Path, str]] = {}
+    if out.exists():
+        with _open_h5(out) as file:
+            for name, demo in _group(file, "data", out).items():
+                found[int(demo.attrs["episode"])] = (out, f"data/{name}")
+    return found | {index: (shard, "data/demo_0") for index, shard in shard_files(parts).items()}
 
 
 class _LatchedFile(io.RawIOBase):
@@ -273,25 +293,49 @@ class _LatchedFile(io.RawIOBase):
         super().close()
 
 
-def _merge(shards: Sequence[Path], stream: _LatchedFile) -> None:
+def _merge(episodes: Sequence[tuple[Path, str]], stream: _LatchedFile) -> None:
     masks: dict[str, list[str]] = {split: [] for split in SPLITS}
     total = 0
-    with h5py.File(stream, "w") as target:
+    with h5py.File(stream, "w") as target, _Opened() as opened:
         data = target.create_group("data")
-        for number, shard in enumerate(shards):
+        for number, (path, group) in enumerate(episodes):
             name = f"demo_{number}"
-            with _open_h5(shard) as source:
-                _group(source, "data", shard)
-                if number == 0:
-                    for key in ("env_args", "hma_gym"):
-                        data.attrs[key] = source["data"].attrs[key]
-                source.copy(_group(source, "data/demo_0", shard), data, name=name)
+            source = opened(path)
+            if number == 0:
+                for key in ("env_args", "hma_gym"):
+                    data.attrs[key] = _group(source, "data", path).attrs[key]
+            source.copy(_group(source, group, path), data, name=name)
             total += int(data[name].attrs["num_samples"])
             masks[split_of(number)].append(name)
             stream.check()
         data.attrs["total"] = total
         for split, names in masks.items():
             target.create_dataset(f"mask/{split}", data=np.array(names, dtype="S"))
+
+
+class _Opened:
+    """Opens HDF5 files, one at a time: asking for the one that is open costs nothing."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: h5py.File | None = None
+
+    def __call__(self, path: Path) -> h5py.File:
+        if self._file is None or path != self._path:
+            self.close()
+            self._path, self._file = path, _open_h5(path)
+        return self._file
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
@@ -469,6 +513,14 @@ class Dataset(Sequence[Episode]):
                 attrs=_attrs(group, with_model=True),
             )
 
+    def arrays(self, index: int) -> dict[str, NDArray[Any]]:
+        """Every array of episode ``index`` but camera images, by key: ``actions``, ``states``, ``obs/object`` ..."""
+        demo = self.demos[index]
+        with _open_h5(demo.file) as file:
+            group = _group(file, demo.group, demo.file)
+            found = {key: value[()] for key, value in group.items() if isinstance(value, h5py.Dataset)}
+            return found | {f"obs/{key}": value[()] for key, value in group.get("obs", {}).items() if value.ndim < 4}
+
     @property
     def lengths_N(self) -> NDArray[np.int64]:
         """Rows of each episode."""
@@ -489,13 +541,23 @@ class Dataset(Sequence[Episode]):
         """One attribute of every demo (``success``, ``category`` ...), None where a demo has it not."""
         return [demo.attrs.get(key) for demo in self.demos]
 
+    def action_range(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Least and greatest action, (A,) each, over all rows of all demos."""
+        low, high = [], []
+        with _Opened() as opened:
+            for demo in self.demos:
+                actions_TA = _array(_group(opened(demo.file), demo.group, demo.file), "actions", demo.file)[()]
+                low.append(actions_TA.min(axis=0))
+                high.append(actions_TA.max(axis=0))
+        return np.min(low, axis=0), np.max(high, axis=0)
+
     def flat(self, positions: Sequence[int] | None = None) -> FlatArrays:
         """Actions, agent_pos and rewards of the chosen episodes (all by default), end to end; decodes no image."""
         chosen = range(len(self)) if positions is None else positions
         actions, agent_pos, rewards = [], [], []
-        for demo in (self.demos[position] for position in chosen):
-            with _open_h5(demo.file) as file:
-                group = _group(file, demo.group, demo.file)
+        with _Opened() as opened:
+            for demo in (self.demos[position] for position in chosen):
+                group = _group(opened(demo.file), demo.group, demo.file)
                 obs = group["obs"]
                 wanted = ("agent_pos",) if "agent_pos" in obs else (EEF_POS, EEF_QUAT, GRIPPER)
                 agent_pos.append(_agent_pos({key: obs[key][()] for key in wanted if key in obs}, demo))
@@ -548,7 +610,7 @@ def _agent_pos(obs: Mapping[str, NDArray[Any]], demo: Demo) -> NDArray[np.float3
 def _attrs(group: h5py.Group, *, with_model: bool) -> dict[str, AttrValue]:
     found: dict[str, AttrValue] = {}
     for key in group.attrs:
-        if key == "num_samples" or (key == "model_file" and not with_model):
+        if key in ("num_samples", "episode") or (key == "model_file" and not with_model):
             continue
         value = group.attrs[key]
         found[key] = value.item() if isinstance(value, np.generic) else value

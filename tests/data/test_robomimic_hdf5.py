@@ -102,6 +102,24 @@ def test_merging_twice_gives_the_same_bytes(tmp_path):
     assert a == b
 
 
+def test_a_finished_file_is_extended_by_more_episodes(tmp_path):
+    writer = EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1})
+    for index in (0, 2, 3):
+        writer.write(index, make_episode(index))
+    writer.merge()
+    again = EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1})
+    assert again.finished() == [0, 2, 3]
+    again.merge()
+    for index in (1, 4):
+        again.write(index, make_episode(index))
+    assert again.finished() == [0, 1, 2, 3, 4]
+    dataset = open_dataset(again.merge())
+    assert all(same(dataset[index], make_episode(index)) for index in range(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["lift.hdf5"]
+    with pytest.raises(ResumeError, match="delete it"):
+        EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 2})
+
+
 def test_left_over_temporary_files_are_ignored(tmp_path):
     writer = EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={})
     writer.write(0, make_episode(0))
@@ -141,7 +159,7 @@ def test_quaternion_signs_do_not_jump_near_the_downward_pose():
 def test_resuming_with_other_settings_is_refused(tmp_path):
     EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1}).append(make_episode(0))
     assert EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 1}).append(make_episode(1)) == 1
-    with pytest.raises(ResumeError, match="other settings.*delete the folder"):
+    with pytest.raises(ResumeError, match="other settings.*delete it"):
         EpisodeWriter(tmp_path / "lift.hdf5", env_args=ENV_ARGS, info={"seed": 2})
 
 
