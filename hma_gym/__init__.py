@@ -13,8 +13,8 @@ The learned ids also have a native vector environment: ``gymnasium.make_vec("HMA
 import importlib.util
 
 from hma_gym.envs.tasks import TASKS
+from hma_gym.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__"]
 
 

@@ -1,8 +1,8 @@
 """The ``hma-gym`` command: a table of subcommands, each imported only when it is called.
 
 A subcommand is one row of :data:`COMMANDS`: a module, its frozen config dataclass, and the function that
-takes the config. tyro makes the options from the dataclass. A benchmark is any module of
-:mod:`hma_gym.benchmarks` with a ``Config`` and a ``main(config)``; it is found by name.
+takes the config. tyro makes the options from the dataclass. A benchmark is found by its name: module
+``some_table`` of :mod:`hma_gym.benchmarks` has ``SomeTableConfig`` and ``some_table(config)``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from hma_gym import __version__
 from hma_gym.errors import HMAError, UnknownName
+from hma_gym.version import __version__
 
 PROGRAM = "hma-gym"
 
@@ -89,9 +90,11 @@ def resolve(words: Sequence[str]) -> tuple[str, Command, list[str]]:
     """
     if words[0] == BENCH:
         names = benchmark_names()
-        if len(words) < 2 or words[1] not in names:
-            raise UnknownName("benchmark", words[1] if len(words) > 1 else "", names)
-        return f"{BENCH} {words[1]}", Command("", f"hma_gym.benchmarks.{words[1]}", "Config", "main"), list(words[2:])
+        name = words[1] if len(words) > 1 else ""
+        if name not in names:
+            raise UnknownName("benchmark", name, names)
+        config = "".join(part.capitalize() for part in name.split("_")) + "Config"
+        return f"{BENCH} {name}", Command("", f"hma_gym.benchmarks.{name}", config, name), list(words[2:])
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:
@@ -102,14 +105,17 @@ def resolve(words: Sequence[str]) -> tuple[str, Command, list[str]]:
 
 
 def run(words: Sequence[str]) -> None:
-    """Import the command that ``words`` name, read its options, and call it."""
+    """Import the command that ``words`` name, read its options, call it, and print the paths that it returns."""
     import tyro
 
     name, command, options = resolve(words)
     module = importlib.import_module(command.module)
     markers = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
     config = tyro.cli(getattr(module, command.config), prog=f"{PROGRAM} {name}", args=options, config=markers)
-    getattr(module, command.function)(config)
+    result = getattr(module, command.function)(config)
+    for path in result if isinstance(result, tuple) else (result,):
+        if isinstance(path, Path):
+            print(f"written: {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,6 +73,7 @@ def test_an_unknown_command_is_one_line(words: list[str], text: str, capsys: pyt
 
 TOY = '''
 from dataclasses import dataclass
+from pathlib import Path
 from hma_gym.errors import StorageError
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Config:
     fault: str = "none"
     """what goes wrong"""
 
-def main(config: Config) -> None:
+def main(config: Config) -> tuple[Path, Path]:
     if config.fault == "ours":
         raise StorageError("out: cannot be written\\n  (disk full); free some space.")
     if config.fault == "interrupt":
@@ -90,6 +91,7 @@ def main(config: Config) -> None:
     if config.fault == "bug":
         raise ZeroDivisionError("a fault of the program")
     print("fault:", config.fault)
+    return Path("out.png"), Path("out.mp4")
 '''
 
 
@@ -101,9 +103,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_options_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_reach_the_command_and_its_paths_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--fault", "small"]) == 0
-    assert capsys.readouterr().out == "fault: small\n"
+    assert capsys.readouterr().out == "fault: small\nwritten: out.png\nwritten: out.mp4\n"
 
 
 @pytest.mark.usefixtures("toy")

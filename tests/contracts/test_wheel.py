@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hma_gym"
+RESULTS = PACKAGE / "benchmarks" / "results"  # figures of the repository, not part of the package
 SOURCES = ("hma_gym", "envs", "policies", "benchmarks", "pyproject.toml", "README.md", "LICENSE")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 
@@ -61,7 +62,7 @@ def test_one_top_level_name_and_nothing_missing(wheel: Path) -> None:
         Path(folder).relative_to(ROOT) / file
         for folder, _, files in os.walk(PACKAGE, followlinks=True)
         for file in files
-        if "__pycache__" not in folder
+        if "__pycache__" not in folder and not Path(folder).is_relative_to(RESULTS)
     }
     packed = {path for path in names if path.parts[0] == "hma_gym"}
     assert packed == expected

@@ -1,0 +1,3 @@
+"""The version of the package, on the lowest floor so that checkpoints can record it."""
+
+__version__ = "0.1.0"
