@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_multipliers_scale_updates() -> None:
     assert torch.linalg.matrix_norm(plain, 2).item() == pytest.approx(0.1, rel=0.5)
     torch.testing.assert_close(updates("muon", 4.0), plain)
     torch.testing.assert_close(updates("muon", 1.0, lr_multiplier=3.0), 3 * plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "sgd"}, "optimizer.name must be 'adamw' or 'muon', got 'sgd'"),
+        ({"lr": 0.0}, "optimizer.lr must be positive, got 0.0"),
+        ({"newton_schulz_steps": 0}, "newton_schulz_steps must be 1 or more, got 0"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay must be 0 or more, got -1.0"),
+    ],
+)
+def test_optimiser_configurations_that_break_a_rule(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        OptimizerConfig(**changes)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
