@@ -1,1 +1,1 @@
-"""Policies in environments from paired starts, and the reports on it."""
+"""Evaluation: what a learned world gets right, measured against the simulator that it was learned from."""

@@ -147,7 +147,7 @@ class ClassifierJudge(nn.Module):
                 f"judge {self.name!r} needs frames of {self.config.image_size} pixels in 3 channels, got "
                 f"{tuple(frames_BKHWC.shape[2:])}; resize them first."
             )
-        scaled = frames_BKHWC.permute(0, 1, 4, 2, 3).to(self.position_mean.dtype) * (2 / 255) - 1
+        scaled = frames_BKHWC.permute(0, 1, 4, 2, 3).to(self.position_mean) * (2 / 255) - 1
         logit, position = self(scaled)
         return logit, position
 

@@ -9,6 +9,7 @@ Shape legend: B batch, T rows of an episode, K window of last frames, H W C imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,6 +45,15 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Locator(Judge, Protocol):
+    """A judge that also says where the task's object is, so that misplaced objects can be measured in metres."""
+
+    def position(self, frames_BKHWC: Tensor) -> Tensor:
+        """(B, K, H, W, C) uint8 to the object's position in the last frame: (B, 3) float32 metres, world frame."""
+        ...
+
+
 def check_window(judge: Judge, frames_BKHWC: Tensor) -> None:
     """Raise :class:`InvalidImage` unless these are uint8 windows of the judge's length."""
     if frames_BKHWC.dtype != torch.uint8 or frames_BKHWC.ndim != 5 or frames_BKHWC.shape[1] != judge.window:
@@ -72,17 +82,31 @@ def episode_probabilities(judge: Judge, frames_BTHWC: Tensor, rows: Tensor | Non
     Returns:
         (B, R) float32.
     """
-    length = frames_BTHWC.shape[1]
+    return _over_episodes(judge.probability, judge.window, frames_BTHWC, rows, batch)
+
+
+def episode_positions(judge: Locator, frames_BTHWC: Tensor, rows: Tensor | None = None, batch: int = 256) -> Tensor:
+    """Where the object is at every row (or at the given rows) of whole episodes: (B, R, 3) float32 metres."""
+    return _over_episodes(judge.position, judge.window, frames_BTHWC, rows, batch)
+
+
+def _over_episodes(
+    read: Callable[[Tensor], Tensor], window: int, frames_BTHWC: Tensor, rows: Tensor | None, batch: int
+) -> Tensor:
+    count, length = frames_BTHWC.shape[:2]
     if rows is None:
         rows = torch.arange(length, device=frames_BTHWC.device)
-    if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= length):
-        raise InvalidArgument(f"rows must lie in [0, {length}), got {rows.tolist()}; count from the episode's start.")
-    per_call = max(1, batch // max(1, len(rows)))
+    if not count or not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= length:
+        raise InvalidArgument(
+            f"need at least one episode and rows in [0, {length}), got {count} episodes and rows {rows.tolist()}; "
+            "count rows from the episode's start."
+        )
+    per_call = max(1, batch // len(rows))
     parts = []
-    for start in range(0, len(frames_BTHWC), per_call):
-        windows = windows_at(frames_BTHWC[start : start + per_call], rows, judge.window)
-        parts.append(judge.probability(windows.flatten(0, 1)).reshape(-1, len(rows)))
-    return torch.cat(parts) if parts else torch.zeros(0, len(rows))
+    for start in range(0, count, per_call):
+        windows = windows_at(frames_BTHWC[start : start + per_call], rows, window)
+        parts.append(read(windows.flatten(0, 1)).unflatten(0, (-1, len(rows))))
+    return torch.cat(parts)
 
 
 def verdict(judge: Judge, probability: Tensor) -> Tensor:

@@ -1,0 +1,213 @@
+"""Long rollouts: does the learned world stay plausible far beyond what it was trained on?
+
+Hundreds of steps under random actions and under recorded ones, looped. There is no truth to compare with, so what can
+be checked without one is: the static background stays what it is, and there is one cube wherever the arm is away.
+
+Shape legend: B rollouts, T steps, R recorded rows, H W C image, A action dims, N checked steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.errors import InvalidArgument
+from hma_gym.evaluation.fidelity import random_actions, rollout_seeds
+from hma_gym.evaluation.held_out import HeldOut
+from hma_gym.evaluation.open_loop import Generated, generate
+from hma_gym.metrics.video import PEAK, PSNR_CAP
+
+REFERENCE_STEP = 20
+"""Drift is measured from here: the first frames are nearer to the real start than any long rollout can be."""
+
+
+@dataclass(frozen=True)
+class BlobSettings:
+    """How the cube is found: connected pixels that are red.
+
+    Attributes:
+        redness: red must exceed green and blue by so much (of 255).
+        min_pixels: smaller groups are noise.
+        arm_clear_m: only frames whose end effector is at least so far (horizontally) from the cube count as "the arm
+            is away"; nearer, the hand may hide it.
+    """
+
+    redness: int = 40
+    min_pixels: int = 6
+    arm_clear_m: float = 0.12
+
+
+@dataclass(frozen=True)
+class LongRollouts:
+    """Generated long videos. ``names`` tells the actions of each: "random" or "recorded NAME"."""
+
+    names: tuple[str, ...]
+    start_frames_BHWC: Tensor
+    generated: Generated
+
+
+@dataclass(frozen=True)
+class EnduranceReport:
+    """Plausibility of long rollouts.
+
+    Attributes:
+        rollouts, steps: how many, how long.
+        background_psnr_curve: dB at each step over the static pixels, mean over rollouts.
+        background_drift_db: the last 20 steps' mean minus the value around step 20, mean over rollouts; below 0 is
+            worse.
+        worst_background_drift_db: of the worst rollout.
+        clear_frames: checked frames in which the arm is away from the cube's place.
+        cube_counts: number of those frames by number of red blobs (0, 1, 2 or more).
+        cube_area_start, cube_area_end: red pixels, mean over rollouts, at the start and over the last 20 steps.
+    """
+
+    rollouts: int
+    steps: int
+    background_psnr_curve: tuple[float, ...]
+    background_drift_db: float
+    worst_background_drift_db: float
+    clear_frames: int
+    cube_counts: tuple[int, int, int]
+    cube_area_start: float
+    cube_area_end: float
+
+
+def loop_actions(actions_RA: NDArray[np.float32], steps: int) -> NDArray[np.float32]:
+    """The recorded actions again and again, ``steps`` in all: (T, A)."""
+    if not len(actions_RA):
+        raise InvalidArgument("actions_RA must have at least one row, got 0.")
+    repeats = -(-steps // len(actions_RA))
+    return np.tile(actions_RA, (repeats, 1))[:steps]
+
+
+def long_rollouts(
+    checkpoint: Checkpoint,
+    held_out: HeldOut,
+    *,
+    steps: int = 500,
+    batch: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> LongRollouts:
+    """Roll each held-out start out: the first half under random actions, the others under their own, looped."""
+    count = len(held_out)
+    half = count // 2
+    wander = random_actions(checkpoint, (half, steps), seed)
+    scripted = [loop_actions(actions[:-1], steps) for actions in held_out.actions_BTA[half:]]
+    actions = np.concatenate([wander, np.stack(scripted)]) if half else np.stack(scripted)
+    start = torch.from_numpy(held_out.frames_BTHWC[:, 0])
+    generated = generate(
+        checkpoint,
+        start,
+        torch.from_numpy(held_out.agent_pos_BTP[:, 0]),
+        torch.from_numpy(actions),
+        rollout_seeds(count, seed),
+        batch=batch,
+        progress="long rollouts" if progress else None,
+    )
+    names = (*("random",) * half, *(f"recorded {name}" for name in held_out.names[half:]))
+    return LongRollouts(names, start, generated)
+
+
+def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24, share: float = 0.005) -> Tensor:
+    """Pixels that real frames hardly ever see differ from the background: (H, W) bool."""
+    difference = (frames_NHWC.to(torch.int16) - background_HWC.to(torch.int16)).abs().amax(dim=-1)
+    return (difference > threshold).float().mean(dim=0) <= share
+
+
+def background_psnr(frames: Tensor, background_HWC: Tensor, static_HW: Tensor) -> Tensor:
+    """PSNR over the static pixels only, dB: (...)."""
+    squared = (frames[..., static_HW, :].float() - background_HWC[static_HW].float()).square().mean(dim=(-2, -1))
+    return 10 * torch.log10(PEAK**2 / squared.clamp_min(PEAK**2 / 10 ** (PSNR_CAP / 10)))
+
+
+def red_mask(frame_HWC: NDArray[np.uint8], redness: int) -> NDArray[np.bool_]:
+    """Pixels whose red exceeds green and blue by more than ``redness``."""
+    wide = frame_HWC.astype(np.int16)
+    return np.asarray(wide[..., 0] - np.maximum(wide[..., 1], wide[..., 2]) > redness)
+
+
+def blob_areas(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[int]:
+    """Sizes of the 8-connected groups of True pixels, largest first, without those below ``min_pixels``."""
+    left = {(int(y), int(x)) for y, x in np.argwhere(mask_HW)}
+    areas = []
+    while left:
+        front = [left.pop()]
+        area = 0
+        while front:
+            y, x = front.pop()
+            area += 1
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            front.extend(near)
+        areas.append(area)
+    return sorted((area for area in areas if area >= min_pixels), reverse=True)
+
+
+def arm_away(generated: Generated, object_start_B3: NDArray[np.float32], clear_m: float) -> NDArray[np.bool_]:
+    """Steps at which the hand is at least ``clear_m`` (horizontally) from the cube: (B, T) bool.
+
+    Where the cube is at each step is what the model itself predicts (its privileged targets). A model without them is
+    only trusted until its hand first comes near the cube's place at the start.
+    """
+    hand_BT2 = generated.agent_pos_BTP[..., :2].numpy()
+    if generated.targets_BTX.shape[-1] >= 3:
+        return np.asarray(np.linalg.norm(hand_BT2 - generated.targets_BTX[..., :2].numpy(), axis=-1) >= clear_m)
+    distance_BT = np.linalg.norm(hand_BT2 - object_start_B3[:, None, :2], axis=-1)
+    return np.asarray(np.minimum.accumulate(distance_BT, axis=1) >= clear_m)
+
+
+def measure_endurance(
+    rollouts: LongRollouts,
+    *,
+    background_HWC: Tensor,
+    static_HW: Tensor,
+    object_start_B3: NDArray[np.float32],
+    blobs: BlobSettings | None = None,
+    check_every: int = 5,
+) -> EnduranceReport:
+    """Measure background drift and cube counts.
+
+    Args:
+        rollouts: what :func:`long_rollouts` made, of more than 40 steps.
+        background_HWC: the scene without moving things.
+        static_HW: pixels that never move (:func:`static_pixels`).
+        object_start_B3: where the cube is at the start (m), see :func:`arm_away`.
+        blobs: how the cube is found.
+        check_every: steps between frames whose cubes are counted.
+    """
+    blobs = blobs or BlobSettings()
+    frames_BTHWC = rollouts.generated.frames_BTHWC
+    count, steps = frames_BTHWC.shape[:2]
+    if steps <= 2 * REFERENCE_STEP:
+        raise InvalidArgument(f"endurance needs more than {2 * REFERENCE_STEP} steps, got {steps}.")
+    psnr_BT = torch.stack([background_psnr(frames, background_HWC, static_HW) for frames in frames_BTHWC]).numpy()
+    around = psnr_BT[:, REFERENCE_STEP - 5 : REFERENCE_STEP + 5].mean(axis=1)
+    drift_B = psnr_BT[:, -REFERENCE_STEP:].mean(axis=1) - around
+    clear_BT = arm_away(rollouts.generated, object_start_B3, blobs.arm_clear_m)
+    counts = [0, 0, 0]
+    end_areas = []
+    for b in range(count):
+        for t in range(check_every - 1, steps, check_every):
+            areas = blob_areas(red_mask(frames_BTHWC[b, t].numpy(), blobs.redness), blobs.min_pixels)
+            if clear_BT[b, t]:
+                counts[min(len(areas), 2)] += 1
+            if t >= steps - REFERENCE_STEP:
+                end_areas.append(sum(areas))
+    start_areas = [int(red_mask(frame.numpy(), blobs.redness).sum()) for frame in rollouts.start_frames_BHWC]
+    return EnduranceReport(
+        rollouts=count,
+        steps=steps,
+        background_psnr_curve=tuple(float(value) for value in psnr_BT.mean(axis=0)),
+        background_drift_db=float(drift_B.mean()),
+        worst_background_drift_db=float(drift_B.min()),
+        clear_frames=sum(counts),
+        cube_counts=(counts[0], counts[1], counts[2]),
+        cube_area_start=float(np.mean(start_areas)),
+        cube_area_end=float(np.mean(end_areas)),
+    )

@@ -1,0 +1,119 @@
+"""Long rollouts: the checks find the faults they are for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hma_gym.benchmarks.endurance import EnduranceConfig, endurance
+from hma_gym.data.robomimic_hdf5 import Dataset
+from hma_gym.errors import InvalidArgument
+from hma_gym.evaluation.endurance import (
+    LongRollouts,
+    background_psnr,
+    blob_areas,
+    loop_actions,
+    measure_endurance,
+    red_mask,
+    static_pixels,
+)
+from hma_gym.evaluation.open_loop import Generated
+
+BACKGROUND = torch.full((16, 16, 3), 150, dtype=torch.uint8)
+STATIC = torch.zeros(16, 16, dtype=torch.bool)
+STATIC[:4] = True
+
+
+def _rollouts(frames_BTHWC: Tensor, hand_x: float = 1.0) -> LongRollouts:
+    count, steps = frames_BTHWC.shape[:2]
+    agent_pos = torch.full((count, steps, 9), hand_x)
+    generated = Generated(frames_BTHWC, agent_pos, torch.zeros(count, steps, 3))
+    return LongRollouts(("random",) * count, frames_BTHWC[:, 0], generated)
+
+
+def _video(steps: int = 60, cubes: int = 1) -> Tensor:
+    frames = BACKGROUND.expand(1, steps, -1, -1, -1).clone()
+    for i in range(cubes):
+        frames[:, :, 8:11, 2 + 6 * i : 5 + 6 * i] = torch.tensor([200, 20, 20], dtype=torch.uint8)
+    return frames
+
+
+@pytest.mark.parametrize("cubes", [0, 1, 2])
+def test_cubes_are_counted(cubes: int) -> None:
+    start = np.zeros((1, 3), dtype=np.float32)
+    report = measure_endurance(
+        _rollouts(_video(cubes=cubes)), background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=start
+    )
+    assert report.clear_frames == 12 and report.cube_counts[cubes] == 12
+    assert report.cube_area_end == 9 * cubes
+    near = measure_endurance(
+        _rollouts(_video(cubes=cubes), hand_x=0.05), background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=start
+    )
+    assert near.clear_frames == 0
+
+
+def test_a_fading_background_shows() -> None:
+    frames = _video()
+    frames[:, :, :4] += 2
+    steady = measure_endurance(
+        _rollouts(frames), background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=np.zeros((1, 3), np.float32)
+    )
+    assert steady.background_drift_db == pytest.approx(0.0, abs=1e-5)
+    frames[:, 35:, :4] += 6
+    fading = measure_endurance(
+        _rollouts(frames), background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=np.zeros((1, 3), np.float32)
+    )
+    assert fading.background_drift_db == pytest.approx(20 * np.log10(2 / 8), abs=1e-4)
+    with pytest.raises(InvalidArgument, match="more than 40 steps"):
+        measure_endurance(
+            _rollouts(frames[:, :40]),
+            background_HWC=BACKGROUND,
+            static_HW=STATIC,
+            object_start_B3=np.zeros((1, 3), np.float32),
+        )
+
+
+def test_static_pixels_exclude_where_things_move() -> None:
+    static = static_pixels(_video()[0], BACKGROUND)
+    assert not static[8:11, 2:5].any() and int((~static).sum()) == 9
+    assert torch.equal(background_psnr(BACKGROUND, BACKGROUND, static), torch.tensor(100.0))
+
+
+def test_blobs() -> None:
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[0, 0] = mask[1, 1] = mask[2, 2] = True  # diagonal neighbours are one blob
+    mask[6:8, 6:8] = True
+    mask[0, 7] = True
+    assert blob_areas(mask) == [4, 3, 1]
+    assert blob_areas(mask, min_pixels=3) == [4, 3]
+    assert blob_areas(np.zeros((4, 4), dtype=bool)) == []
+    assert red_mask(np.array([[[200, 20, 20], [200, 180, 20]]], dtype=np.uint8), 40).tolist() == [[True, False]]
+
+
+def test_actions_loop() -> None:
+    actions = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert loop_actions(actions, 7)[:, 0].tolist() == [0, 2, 4, 0, 2, 4, 0]
+    with pytest.raises(InvalidArgument, match="got 0"):
+        loop_actions(actions[:0], 7)
+
+
+def test_the_benchmark_leaves_its_files(soft_folder: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
+    config = EnduranceConfig(
+        data=toy_dataset.path,
+        checkpoint=str(soft_folder),
+        rollouts=2,
+        rows=8,
+        steps=48,
+        out=tmp_path,
+        name="toy",
+        progress=False,
+    )
+    report = endurance(config)
+    assert report.rollouts == 2 and len(report.background_psnr_curve) == 48
+    assert json.loads((tmp_path / "endurance_toy.json").read_text())["report"]["steps"] == 48
+    assert (tmp_path / "endurance_toy.png").stat().st_size > 1000
