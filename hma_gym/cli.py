@@ -110,7 +110,7 @@ def run(words: Sequence[str]) -> None:
 
     name, command, options = resolve(words)
     module = importlib.import_module(command.module)
-    markers = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName) if command.positional else ()
     config = tyro.cli(getattr(module, command.config), prog=f"{PROGRAM} {name}", args=options, config=markers)
     result = getattr(module, command.function)(config)
     for path in result if isinstance(result, tuple) else (result,):
