@@ -1,7 +1,6 @@
 """robomimic's own tools read what we write: dataset info, SequenceDataset, and its train.py on both kinds of input."""
 
-import importlib.util
-import os
+import importlib
 import subprocess
 import sys
 
@@ -18,10 +17,6 @@ EPISODES, ROWS = 12, 9
 
 pytestmark = [
     pytest.mark.robomimic,
-    pytest.mark.skipif(
-        importlib.util.find_spec("robomimic") is None and os.environ.get("CI") != "true",
-        reason="robomimic is not installed (make install brings it); fails instead of skipping where CI=true",
-    ),
     # robomimic calls torchvision's resnet18 by its old arguments.
     pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning"),
