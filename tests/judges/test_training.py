@@ -15,11 +15,14 @@ from hma_gym.judges import augment
 from hma_gym.judges.classifier import load_judge
 from hma_gym.judges.protocol import episode_probabilities, verdict
 from hma_gym.judges.rows import label_rows, object_by_row, success_by_row
+from hma_gym.tokenizers import SoftConfig, SoftTokenizer
+from hma_gym.tokenizers.files import save_tokenizer
 from hma_gym.training.judge import (
     JudgeBatches,
     JudgeTrainConfig,
     fit_temperature,
     fit_threshold,
+    round_trip,
     train_judge,
 )
 
@@ -78,6 +81,25 @@ def test_it_learns_and_is_stored_with_its_report(toy_data: Path, tmp_path: Path)
     (tmp_path / "judge.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="hma-gym train judge"):
         load_judge(tmp_path)
+
+
+def test_round_trips_enter_the_batches(toy_data: Path, tmp_path: Path) -> None:
+    tokenizer = SoftTokenizer(
+        SoftConfig((16, 16), encoder_widths=(4, 4, 4), decoder_widths=(4, 4, 4), decoder_blocks=(0, 0, 0), channels=2)
+    ).eval()
+    folder = save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    dataset = open_dataset(toy_data)
+    rows = label_rows([dataset[i] for i in dataset.split("train")])
+    config = _config(toy_data, tmp_path)
+    coded = round_trip(tokenizer, rows.frames_FHWC[:30], noise=0.5, seed=0)
+    assert coded.shape == (30, 16, 16, 3) and coded.dtype == np.uint8
+    assert np.array_equal(coded, round_trip(tokenizer, rows.frames_FHWC[:30], noise=0.5, seed=0))
+    assert not np.array_equal(coded, round_trip(tokenizer, rows.frames_FHWC[:30], noise=0.0, seed=0))
+    with_coded, without = JudgeBatches(rows, config, coded).batch(0), JudgeBatches(rows, config).batch(0)
+    changed = (with_coded["frames_BKHWC"] != without["frames_BKHWC"]).flatten(1).any(dim=1)
+    assert changed.any() and torch.equal(with_coded["success_B"], without["success_B"])
+    result = train_judge(_config(toy_data, tmp_path / "run", steps=2, tokenizer=folder, roundtrip_episodes=3))
+    assert 0 <= result.frames.accuracy <= 1
 
 
 def test_data_without_success_is_refused(data_without_success: Path, tmp_path: Path) -> None:
