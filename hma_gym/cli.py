@@ -41,6 +41,13 @@ COMMANDS: dict[str, Command] = {
         "CollectConfig",
         "collect",
     ),
+    "data import": Command(
+        "bring a robomimic file into our layout, its images rendered from its states",
+        "hma_gym.collection.importer",
+        "ImportConfig",
+        "import_dataset",
+        positional=True,
+    ),
     "data info": Command(
         "say what a dataset holds: demos, splits, outcomes, sizes",
         "hma_gym.data.info",

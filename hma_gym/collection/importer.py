@@ -1,4 +1,4 @@
-"""Import of robomimic files into our layout: ``hma-gym data import FILE OUT``.
+"""Import of robomimic files into our layout: ``hma-gym data import FILE``.
 
 robomimic ships low-dim and image files, recorded under several versions of robosuite. What all of them keep is
 the simulator's state at every row. So the frames, ``agent_pos`` and the other observations are computed again
@@ -45,7 +45,8 @@ class ImportConfig:
 
     Attributes:
         file: robomimic HDF5, low-dim or with images.
-        out: the file to write, in our layout; an interrupted import resumes from ``OUT.parts``.
+        out: the file to write, in our layout; by default FILE with ``_imported`` added to its name. An interrupted
+            import goes on where it stopped.
         task: key of the task table; by default the task whose robosuite name the file gives.
         images: ``render`` frames from the recorded states, or ``keep`` the frames that the file has (then nothing
             is simulated, and the file may come from any robot).
@@ -55,7 +56,7 @@ class ImportConfig:
     """
 
     file: Path
-    out: Path
+    out: Path | None = None
     task: str | None = None
     images: Literal["render", "keep"] = "render"
     image_size: int = 64
@@ -82,6 +83,7 @@ def import_dataset(config: ImportConfig) -> Path:
         StorageError: the output cannot be written.
     """
     source = open_dataset(config.file, camera=config.camera)
+    out = config.out or config.file.with_name(f"{config.file.stem}_imported.hdf5")
     info = {
         "imported_from": config.file.name,
         "imported_rows": int(source.lengths_N.sum()),
@@ -90,7 +92,7 @@ def import_dataset(config: ImportConfig) -> Path:
         "source": source.info,
     }
     if config.images == "keep":
-        writer = EpisodeWriter(config.out, env_args=source.env_args, info=info)
+        writer = EpisodeWriter(out, env_args=source.env_args, info=info)
         for position in _pending(source, writer, config.limit):
             writer.write(position, _kept(source, position))
         return writer.merge()
@@ -98,7 +100,7 @@ def import_dataset(config: ImportConfig) -> Path:
     check_same_control(source, task)
     simulation = Simulation(task)
     try:
-        writer = EpisodeWriter(config.out, env_args=simulation.env_args, info=info)
+        writer = EpisodeWriter(out, env_args=simulation.env_args, info=info)
         importer = _Renderer(source, simulation, config.image_size)
         for position in _pending(source, writer, config.limit):
             writer.write(position, importer.episode(position))

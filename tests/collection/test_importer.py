@@ -123,7 +123,8 @@ def test_images_can_be_kept_without_any_simulation(tmp_path):
     images_THWC = rng.integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
     zeros = np.zeros((4, 2))
     writer.append(Episode(images_THWC, zeros, zeros, zeros, np.array([0.0, 1, 0, 0]), np.zeros(4)))
-    out = import_dataset(ImportConfig(writer.merge(), tmp_path / "out.hdf5", images="keep"))
+    out = import_dataset(ImportConfig(writer.merge(), images="keep"))
+    assert out == tmp_path / "other_robot_imported.hdf5"
     episode = open_dataset(out)[0]
     assert np.array_equal(episode.images_THWC, images_THWC)
     assert (episode.attrs["category"], episode.attrs["success"], episode.attrs["success_ever"]) == (
