@@ -1,1 +1,1 @@
-"""Recording of datasets: the collector, the importer of robomimic files, the viewer."""
+"""Recording, importing and looking at datasets."""
