@@ -121,7 +121,7 @@ def third_party(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_optional_packages_pass_the_gate() -> None:
     base = {"torch", "numpy", "gymnasium", "einops", "safetensors", "h5py", "imageio", "PIL", "tqdm", "tyro"}
-    base.add("vector_quantize_pytorch")
+    base |= {"vector_quantize_pytorch", "imageio_ffmpeg"}  # the latter comes with imageio[ffmpeg]
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path, tree in modules()
