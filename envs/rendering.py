@@ -132,12 +132,14 @@ class CameraRenderer:
         mujoco.mjr_readPixels(self._drawn, None, self._viewport, self._resources)
         k, n = SUPERSAMPLE, self.size
         total = self._drawn.reshape(n, k, n, k, 3).sum(axis=(1, 3), dtype=np.uint16)
-        return ((total[::-1] + k * k // 2) // (k * k)).astype(np.uint8)  # OpenGL counts rows from the bottom
+        frame: NDArray[np.uint8] = ((total[::-1] + k * k // 2) // (k * k)).astype(np.uint8)
+        return frame  # the right way up: OpenGL counts rows from the bottom
 
     def _out_of_view(self, data: Any) -> NDArray[np.bool_]:
         """Geoms whose bounding sphere lies outside the square view: two thirds of a Panda's mesh faces."""
         model, camera = self._model, self._camera.fixedcamid
-        local = (data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)  # x right, y up, -z ahead
+        axes = data.cam_xmat[camera].reshape(3, 3)  # x right, y up, -z ahead
+        local = (data.geom_xpos - data.cam_xpos[camera]) @ axes
         ahead, radius = -local[:, 2], model.geom_rbound
         half = np.deg2rad(model.cam_fovy[camera]) / 2
         beside = np.abs(local[:, :2]) * np.cos(half) - ahead[:, None] * np.sin(half) > radius[:, None]

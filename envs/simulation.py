@@ -24,7 +24,8 @@ from hma_gym.errors import EnvironmentState, InvalidAction
 from hma_gym.extras import require
 
 _MODEL_SEED = 0  # the model (cube size, textures) is built once from this seed, so every process has the same one
-_CONTROLLER_GOALS = ("goal_pos", "goal_ori", "initial_joint", "initial_ref_pos", "initial_ref_ori_mat", "origin_pos")
+# What the arm controller remembers from one step to the next; all else it computes anew from the physics.
+_CONTROLLER_MEMORY = ("goal_pos", "goal_ori", "initial_joint", "initial_ref_pos", "initial_ref_ori_mat")
 _STATE_VERSION = 1
 
 
@@ -53,19 +54,6 @@ def check_action(action: object, action_dim: int) -> NDArray[np.float64]:
     return np.clip(array, -1.0, 1.0)
 
 
-def agent_pos_from(observation: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    """agent_pos (9,): eef position 3 m, eef quaternion 4 xyzw, gripper fingers 2 m.
-
-    A quaternion and its negative are the same rotation. The sign is chosen so that x, the largest
-    component of the downward pose, is not negative, which is continuous within 180 degrees of it.
-    """
-    quat = observation["robot0_eef_quat"]
-    sign = -1.0 if quat[0] < 0 else 1.0
-    return np.concatenate(
-        [observation["robot0_eef_pos"], sign * quat, observation["robot0_gripper_qpos"]]
-    ).astype(np.float32)
-
-
 class Simulation:
     """A robosuite task without robosuite's image path.
 
@@ -84,7 +72,7 @@ class Simulation:
         self.task = task
         self._mujoco = import_mujoco()
         logging.getLogger("robosuite_logs").addFilter(_drop_below_error)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # robosuite's imports warn of deprecations that are not the user's
             warnings.simplefilter("ignore")
             robosuite = require("robosuite", extra="sim", purpose="the ground-truth environments")
             controllers = require("robosuite.controllers", extra="sim", purpose="the ground-truth environments")
@@ -257,7 +245,7 @@ class Simulation:
             "version": _STATE_VERSION,
             "task": self.task.key,
             "physics": physics,
-            "controller": {name: np.array(getattr(controller, name)) for name in _CONTROLLER_GOALS},
+            "controller": {name: np.array(getattr(controller, name)) for name in _CONTROLLER_MEMORY},
             "gripper_action": np.array(self._gripper.current_action),
             "timestep": int(self._env.timestep),
             "cur_time": float(self._env.cur_time),
@@ -273,7 +261,7 @@ class Simulation:
         self._require_open()
         spec = self._mujoco.mjtState.mjSTATE_INTEGRATION
         size = self._mujoco.mj_stateSize(self.model, spec)
-        found = (state.get("version"), state.get("task"), np.shape(state.get("physics")))
+        found = (state.get("version"), state.get("task"), np.shape(state.get("physics", ())))
         if found != (_STATE_VERSION, self.task.key, (size,)):
             raise EnvironmentState(
                 f"the saved state must be one that get_state() of task {self.task.key!r} returned (version "
@@ -287,7 +275,7 @@ class Simulation:
         self._mujoco.mj_setState(self.model, self.data, state["physics"], spec)
         controller = self._arm_controller
         controller.update(force=True)
-        for name in _CONTROLLER_GOALS:
+        for name in _CONTROLLER_MEMORY:
             setattr(controller, name, np.array(state["controller"][name]))
         self._gripper.current_action = np.array(state["gripper_action"])
         self._env.timestep = state["timestep"]

@@ -23,6 +23,8 @@ from hma_gym.errors import InvalidArgument, UnknownName
 
 Vec = NDArray[np.float64]
 Script = Generator[Vec, "Situation", None]
+Motion = Generator[Vec, "Situation", "Situation"]
+"""A part of a script: it returns the situation in which it ended."""
 
 _METRES_PER_UNIT = 0.05  # OSC_POSE: an action of 1 asks for 5 cm, or .5 rad, from where the hand is now
 _RADIANS_PER_UNIT = 0.5
@@ -163,8 +165,16 @@ class _Hand:
         return np.concatenate([move, level, [turn, grip * self.style.grip]])
 
     def go(
-        self, s: Situation, goal: Vec, grip: float, *, steps: int, tolerance: float, yaw: float | None = None, spin: float = 0.0
-    ) -> Generator[Vec, Situation, Situation]:
+        self,
+        s: Situation,
+        goal: Vec,
+        grip: float,
+        *,
+        steps: int,
+        tolerance: float,
+        yaw: float | None = None,
+        spin: float = 0.0,
+    ) -> Motion:
         """Move until the hand is within ``tolerance`` metres of ``goal`` or ``steps`` are over."""
         for _ in range(steps):
             s = yield self.toward(s, goal, grip, yaw=yaw, spin=spin)
@@ -172,7 +182,7 @@ class _Hand:
                 break
         return s
 
-    def grip_still(self, s: Situation, grip: float, steps: int) -> Generator[Vec, Situation, Situation]:
+    def grip_still(self, s: Situation, grip: float, steps: int) -> Motion:
         """Stay about here while the gripper opens or closes."""
         here = s.eef.copy()
         for _ in range(steps):
@@ -194,7 +204,7 @@ class _Hand:
             frozen=rng.random() < 0.3,
         )
 
-    def reach(self, s: Situation, grasp: _Grasp, grip: float = _OPEN) -> Generator[Vec, Situation, Situation]:
+    def reach(self, s: Situation, grasp: _Grasp, grip: float = _OPEN) -> Motion:
         """Hover, descend: ends with the hand around, beside or above the cube."""
         rng = self.rng
         cube, cube_yaw = s.cube.copy(), s.cube_yaw
@@ -222,13 +232,13 @@ class _Hand:
                 break
         return s
 
-    def raise_hand(self, s: Situation, height: float, steps: int, grip: float = _CLOSE) -> Generator[Vec, Situation, Situation]:
+    def raise_hand(self, s: Situation, height: float, steps: int, grip: float = _CLOSE) -> Motion:
         """Lift ``height`` metres straight up, or a little aside."""
         aside = self.rng.normal(0, 0.01, 2) if self.rng.random() < 0.5 else np.zeros(2)
         goal = s.eef + np.array([aside[0], aside[1], height])
         return (yield from self.go(s, goal, grip, steps=steps, tolerance=0.01))
 
-    def lift(self, s: Situation, competence: float) -> Generator[Vec, Situation, Situation]:
+    def lift(self, s: Situation, competence: float) -> Motion:
         """Attempts until the cube is up (not always a second or third one)."""
         rng = self.rng
         keen = rng.random() < 0.6
@@ -373,7 +383,8 @@ def _wander(hand: _Hand, s: Situation) -> Script:
             grip = -grip
         if kind == "places":
             goal = s.cube + np.array([rng.normal(0, 0.08), rng.normal(0, 0.08), rng.uniform(-0.01, 0.15)])
-            s = yield from hand.go(s, goal, grip, steps=int(rng.integers(4, 16)), tolerance=0.01, spin=rng.normal(0, 0.3))
+            steps, spin = int(rng.integers(4, 16)), rng.normal(0, 0.3)
+            s = yield from hand.go(s, goal, grip, steps=steps, tolerance=0.01, spin=spin)
             continue
         if kind == "jerky":
             wave = rng.uniform(-1, 1, 6)

@@ -25,7 +25,7 @@ from hma_gym.data.episodes import Episode, agent_pos_from_obs
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter
 from hma_gym.envs.simulation import Simulation, check_action
 from hma_gym.envs.tasks import get_task
-from hma_gym.errors import InvalidArgument, ResumeError
+from hma_gym.errors import InvalidArgument
 from hma_gym.policies.scripted import CATEGORY_OF_FAILURE, MODES, LiftScript, ScriptedConfig
 
 
@@ -88,7 +88,8 @@ class CollectConfig:
             value = getattr(self, name)
             if value < low:
                 raise InvalidArgument(f"{name} must be at least {low}, got {value}.")
-        if not self.mixture or any(part.weight < 0 for part in self.mixture) or sum(p.weight for p in self.mixture) <= 0:
+        weights = [part.weight for part in self.mixture]
+        if not weights or min(weights) < 0 or sum(weights) <= 0:
             raise InvalidArgument(f"mixture needs non-negative weights with a positive sum, got {self.mixture}.")
         for part in self.mixture:
             if part.mode not in MODES or not 0 <= part.competence_low <= part.competence_high <= 1:
