@@ -240,7 +240,7 @@ def _episodes(parts: str | Path, out: Path) -> dict[int, tuple[Path, str]]:
     if out.exists():
         with _open_h5(out) as file:
             for name, demo in _group(file, "data", out).items():
-                found[int(demo.attrs["episode"])] = (out, f"data/{name}")
+                found[int(demo.attrs.get("episode", name[5:]))] = (out, f"data/{name}")
     return found | {index: (shard, "data/demo_0") for index, shard in shard_files(parts).items()}
 
 
@@ -411,6 +411,11 @@ class Demo:
     length: int
     attrs: Mapping[str, AttrValue]
 
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{str(self.file)!r}, {self.name}"
+
 
 @dataclass(frozen=True)
 class FlatArrays:
@@ -494,32 +499,35 @@ class Dataset(Sequence[Episode]):
                 f"{str(self.path)!r} has no camera images (observations: {sorted(self.obs_shapes)}); "
                 f"render them from its states with: hma-gym data import {self.path}"
             )
-        with _open_h5(demo.file) as file:
-            group = _group(file, demo.group, demo.file)
-            obs = {key: value[()] for key, value in _group(group, "obs", demo.file).items()}
-            images = obs.pop(self.image_key, None)
-            if images is None:
-                raise DatasetError(f"{str(demo.file)!r}: {demo.group} has no {self.image_key!r}; other demos have it.")
-            actions = _array(group, "actions", demo.file)[()]
-            states = group["states"][()] if "states" in group else np.zeros((demo.length, 0))
+        with _reading(demo) as group:
+            arrays = _arrays(group)
+            attrs = _attrs(group, with_model=True)
+            if self.image_key in group["obs"]:
+                arrays[f"obs/{self.image_key}"] = group["obs"][self.image_key][()]
+        length = demo.length
+        images = arrays.pop(f"obs/{self.image_key}", None)
+        if images is None:
+            raise DatasetError(f"{demo.where}: it has no {self.image_key!r}; other demos have it.")
+        obs = {key[4:]: value for key, value in arrays.items() if key.startswith("obs/")}
+        agent_pos = _agent_pos(obs, demo)
+        try:
             return Episode(
                 images_THWC=images,
-                agent_pos_TP=_agent_pos(obs, demo),
-                actions_TA=actions,
-                states_TS=states,
-                rewards_T=group["rewards"][()] if "rewards" in group else np.zeros(demo.length, np.float32),
-                dones_T=group["dones"][()].astype(bool) if "dones" in group else np.zeros(demo.length, bool),
+                agent_pos_TP=agent_pos,
+                actions_TA=arrays["actions"],
+                states_TS=arrays.get("states", np.zeros((length, 0))),
+                rewards_T=arrays.get("rewards", np.zeros(length)),
+                dones_T=arrays.get("dones", np.arange(length) == length - 1),
                 obs={key: value for key, value in obs.items() if key != "agent_pos"},
-                attrs=_attrs(group, with_model=True),
+                attrs=attrs,
             )
+        except DatasetError as error:
+            raise DatasetError(f"{demo.where}: {error}") from error
 
     def arrays(self, index: int) -> dict[str, NDArray[Any]]:
         """Every array of episode ``index`` but camera images, by key: ``actions``, ``states``, ``obs/object`` ..."""
-        demo = self.demos[index]
-        with _open_h5(demo.file) as file:
-            group = _group(file, demo.group, demo.file)
-            found = {key: value[()] for key, value in group.items() if isinstance(value, h5py.Dataset)}
-            return found | {f"obs/{key}": value[()] for key, value in group.get("obs", {}).items() if value.ndim < 4}
+        with _reading(self.demos[index]) as group:
+            return _arrays(group)
 
     @property
     def lengths_N(self) -> NDArray[np.int64]:
@@ -598,13 +606,31 @@ def open_dataset(path: str | Path, *, camera: str | None = None) -> Dataset:
     return Dataset(path, camera)
 
 
+@contextmanager
+def _reading(demo: Demo) -> Iterator[h5py.Group]:
+    """The demo's group, open; data that cannot be read is a DatasetError."""
+    with _open_h5(demo.file) as file:
+        group = _group(file, demo.group, demo.file)
+        try:
+            yield group
+        except (OSError, KeyError, RuntimeError) as error:  # what h5py raises for damaged data
+            raise DatasetError(
+                f"{demo.where}: it cannot be read ({error}); copy or download the file again."
+            ) from error
+
+
+def _arrays(group: h5py.Group) -> dict[str, NDArray[Any]]:
+    found = {key: value[()] for key, value in group.items() if isinstance(value, h5py.Dataset)}
+    return found | {f"obs/{key}": value[()] for key, value in group.get("obs", {}).items() if value.ndim < 4}
+
+
 def _agent_pos(obs: Mapping[str, NDArray[Any]], demo: Demo) -> NDArray[np.float32]:
     if "agent_pos" in obs:
         return obs["agent_pos"].astype(np.float32)
     try:
         return agent_pos_from_obs(obs)
     except DatasetError as error:
-        raise DatasetError(f"{str(demo.file)!r}, {demo.group}: {error}") from error
+        raise DatasetError(f"{demo.where}: {error}") from error
 
 
 def _attrs(group: h5py.Group, *, with_model: bool) -> dict[str, AttrValue]:
@@ -626,35 +652,31 @@ def _json_attr(group: h5py.Group, key: str, path: Path) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-def _demo(group: h5py.Group, name: str, index: int, file: Path) -> tuple[Demo, tuple[int, ...]]:
-    """The demo's facts and its dims (action, state), which must be the same in all demos."""
+def _demo(group: h5py.Group, name: str, index: int, file: Path) -> tuple[Demo, int]:
+    """The demo's facts and its number of action dims. Cheap, for it is done for every demo on opening."""
     actions = _array(group, "actions", file)
     length = int(group.attrs.get("num_samples", len(actions)))
-    rows = {key: len(group[key]) for key in ("actions", "states", "rewards", "dones") if key in group}
-    rows |= {f"obs/{key}": len(value) for key, value in group.get("obs", {}).items()}
-    wrong = {key: count for key, count in rows.items() if count != length}
-    if wrong or actions.ndim != 2:
+    if actions.ndim != 2 or len(actions) != length:
         raise DatasetError(
-            f"{str(file)!r}: {group.name} says {length} rows, and these disagree: {wrong or actions.shape}; "
+            f"{str(file)!r}: {group.name} says {length} rows, and its actions have shape {actions.shape}; "
             "the file was not written to the end: record or download it again."
         )
-    dims = (actions.shape[1], group["states"].shape[1] if "states" in group else 0)
-    return Demo(name, index, file, group.name, length, _attrs(group, with_model=False)), dims
+    return Demo(name, index, file, group.name, length, _attrs(group, with_model=False)), actions.shape[1]
 
 
-def _same_dims(path: Path, dims: Mapping[str, tuple[int, ...]]) -> None:
+def _same_dims(path: Path, dims: Mapping[str, int]) -> None:
     first_name, first = next(iter(dims.items()))
     for name, found in dims.items():
-        if found[0] != first[0]:
+        if found != first:
             raise DatasetError(
-                f"{str(path)!r}: demos disagree in their action dims: {first_name} has {first[0]}, {name} has "
-                f"{found[0]}; keep different robots in different files."
+                f"{str(path)!r}: demos disagree in their action dims: {first_name} has {first}, {name} has {found}; "
+                "keep different robots in different files."
             )
 
 
 def _demos_of_file(path: Path) -> tuple[tuple[Demo, ...], dict[str, list[str]]]:
     demos: list[Demo] = []
-    dims: dict[str, tuple[int, ...]] = {}
+    dims: dict[str, int] = {}
     with _open_h5(path) as file:
         data = _group(file, "data", path)
         numbers = sorted(int(name[5:]) for name in data if re.fullmatch(r"demo_\d+", name))
@@ -674,7 +696,7 @@ def _demos_of_file(path: Path) -> tuple[tuple[Demo, ...], dict[str, list[str]]]:
 
 def _demos_of_shards(shards: Mapping[int, Path]) -> tuple[tuple[Demo, ...], dict[str, list[str]]]:
     demos: list[Demo] = []
-    dims: dict[str, tuple[int, ...]] = {}
+    dims: dict[str, int] = {}
     for index, shard in shards.items():
         name = f"demo_{index}"
         with _open_h5(shard) as file:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import time
 
 import h5py
 import numpy as np
@@ -212,8 +213,7 @@ def damage_actions(file):
 
 
 def damage_rows(file):
-    del file["data/demo_3/rewards"]
-    file["data/demo_3/rewards"] = np.zeros(2)
+    file["data/demo_3"].attrs["num_samples"] = 9
 
 
 def damage_dims(file):
@@ -234,7 +234,7 @@ def damage_json(file):
     [
         (damage_no_demo, "no demo_<i>"),
         (damage_actions, "no dataset 'actions'"),
-        (damage_rows, "says 8 rows.*'rewards': 2"),
+        (damage_rows, "says 9 rows.*actions have shape"),
         (damage_dims, "action dims: demo_0 has 7, demo_3 has 6"),
         (damage_version, "format 99.*upgrade"),
         (damage_json, "must be JSON"),
@@ -245,6 +245,24 @@ def test_each_kind_of_damage_is_named_on_opening(recorded, damage, message):
         damage(file)
     with pytest.raises(DatasetError, match=message):
         open_dataset(recorded)
+
+
+def test_rows_that_disagree_are_named_on_reading(recorded):
+    with h5py.File(recorded, "r+") as file:
+        del file["data/demo_3/rewards"]
+        file["data/demo_3/rewards"] = np.zeros(2)
+    with pytest.raises(DatasetError, match="demo_3: rewards_T must have .* 8 rows"):
+        open_dataset(recorded)[3]
+
+
+def test_damaged_images_are_named_on_reading(recorded):
+    with h5py.File(recorded, "r") as file:
+        chunk = file["data/demo_3/obs/agentview_image"].id.get_chunk_info(0)
+    content = bytearray(recorded.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + 99] = b"x" * 99
+    recorded.write_bytes(content)
+    with pytest.raises(DatasetError, match="demo_3: it cannot be read"):
+        open_dataset(recorded)[3]
 
 
 def test_a_low_dim_file_opens_and_says_how_to_get_images(recorded):
@@ -322,3 +340,38 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         f"episode_{index:06d}.h5" for index in range(4)
     ]
     assert len(open_dataset(tmp_path / "lift.hdf5")) == 4
+
+
+RECORDER = """
+import sys
+import numpy as np
+from hma_gym.data.episodes import Episode
+from hma_gym.data.robomimic_hdf5 import EpisodeWriter
+
+writer = EpisodeWriter(sys.argv[1], env_args={}, info={})
+print("ready", flush=True)
+for index in sorted(set(range(30)) - set(writer.finished())):
+    rng = np.random.default_rng(index)
+    zeros = np.zeros((8, 2))
+    images = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    writer.write(index, Episode(images, zeros, zeros, zeros, zeros[:, 0], zeros[:, 0] > 1))
+print("merging", flush=True)
+writer.merge()
+"""
+
+
+def test_killed_while_writing_or_merging_it_resumes_to_the_same_bytes(tmp_path):
+    whole, killed = tmp_path / "whole.hdf5", tmp_path / "killed.hdf5"
+    subprocess.run([sys.executable, "-c", RECORDER, str(whole)], check=True, capture_output=True)
+    for moment, delay in (("ready", 0.01), ("ready", 0.04), ("merging", 0.005)):
+        process = subprocess.Popen([sys.executable, "-c", RECORDER, str(killed)], stdout=subprocess.PIPE, text=True)
+        with process:
+            while process.stdout.readline() != f"{moment}\n":
+                pass
+            time.sleep(delay)
+            process.kill()
+        recorded = open_dataset(killed) if killed.exists() or shard_files(parts_folder(killed)) else ()
+        assert all(len(episode) == 8 for episode in recorded)
+    subprocess.run([sys.executable, "-c", RECORDER, str(killed)], check=True, capture_output=True)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.hdf5", "whole.hdf5"]
