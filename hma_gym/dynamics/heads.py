@@ -14,14 +14,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hma_gym.nn import noise
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a rollout's random numbers come from: see :mod:`hma_gym.nn.noise`. ``stream`` tells draws of a step apart."""
+    """Where a rollout's random numbers come from: see :mod:`hma_gym.nn.noise`.
+
+    Attributes:
+        seed_B, step_B: int64, one pair a row.
+        stream: tells the draws of one step apart.
+    """
 
     seed_B: Tensor
     step_B: Tensor
@@ -45,6 +50,14 @@ class TokenHead(Protocol):
 
     kind: str
     positions: int
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weights from the trunk's width to its width, for muP."""
+        ...
+
+    def readouts(self) -> list[nn.Parameter]:
+        """Weights from the trunk's width to a size that does not grow with it, for muP."""
+        ...
 
     def embed_previous(self, tokens: Tensor) -> Tensor:
         """Tokens of the previous frame, (B, T, S...), as inputs (B, T, N, D)."""

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from hma_gym.dynamics.heads import Draw
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.parameters import weight_of
+from hma_gym.nn.transformer import BASE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class FlowLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return x + self.down(F.silu(self.up(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)))
+        change: Tensor = self.down(F.silu(self.up(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)))
+        return x + change
 
 
 class FlowMLP(nn.Module):
@@ -74,6 +77,8 @@ class FlowMLP(nn.Module):
         self.register_buffer("frequencies", 2 * math.pi * 2.0 ** torch.linspace(-1, 4, 16), persistent=False)
         self.value = nn.Linear(size, width)
         self.condition = nn.Linear(features + size + 32, width)
+        with torch.no_grad():  # the trunk's features grow in number with its width, their share in the sum does not
+            self.condition.weight[:, :features] *= math.sqrt(BASE_WIDTH / features)
         self.layers = nn.ModuleList(FlowLayer(width) for _ in range(layers))
         self.out = nn.Linear(width, size)
         nn.init.zeros_(self.out.weight)
@@ -110,6 +115,12 @@ class FlowHead(nn.Module):
         self.register_buffer("residual_rms", torch.tensor(config.change_scale))
         nn.init.zeros_(self.mean_out.weight)
         nn.init.zeros_(self.mean_out.bias)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return []
+
+    def readouts(self) -> list[nn.Parameter]:
+        return [weight_of(self.mean_out), weight_of(self.flow.condition)]
 
     def _patch(self, tokens: Tensor) -> Tensor:
         p, (rows, columns) = self.config.patch, self.config.grid

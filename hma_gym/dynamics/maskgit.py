@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hma_gym.dynamics.heads import Draw
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.parameters import weight_of
 from hma_gym.nn.vocabulary import join_factors, split_factors
 
 Order = Literal["random", "confidence"]
@@ -83,6 +84,13 @@ class MaskGITHead(nn.Module):
         nn.init.zeros_(self.logits_out.weight)
         nn.init.zeros_(self.logits_out.bias)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        joins = (self.previous_in.join, self.current_in.join)
+        return [weight_of(join) for join in joins if isinstance(join, nn.Linear)]
+
+    def readouts(self) -> list[nn.Parameter]:
+        return [weight_of(self.logits_out)]
+
     def _patch(self, tokens: Tensor) -> Tensor:
         p, (rows, columns) = self.config.patch, self.config.grid
         return rearrange(tokens, "... (h p w q) -> ... (h w) (p q)", h=rows // p, p=p, w=columns // p, q=p)
@@ -143,8 +151,9 @@ class MaskGITHead(nn.Module):
                 scores = logits / temperature + noise
             choice = scores.argmax(dim=-1)
             factors.append(choice)
-            log_probability = logits.log_softmax(dim=-1).gather(-1, choice[..., None])[..., 0]
-            confidence_BN = confidence_BN + log_probability.sum(dim=-1)
+            if self.config.order == "confidence":
+                log_probability = logits.log_softmax(dim=-1).gather(-1, choice[..., None])[..., 0]
+                confidence_BN = confidence_BN + log_probability.sum(dim=-1)
         tokens = self._unpatch(join_factors(torch.stack(factors, dim=-1), self.config.vocabulary))
         if self.config.order == "random":
             confidence_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).uniform(confidence_BN.shape[1])

@@ -46,5 +46,5 @@ def unmask(masked_BN: Tensor, priority_BN: Tensor, left: int) -> Tensor:
     Positions that are already unmasked stay unmasked.
     """
     priority_BN = priority_BN.masked_fill(~masked_BN, float("inf"))
-    rank_BN = priority_BN.argsort(dim=-1, descending=True).argsort(dim=-1)
+    rank_BN = priority_BN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return masked_BN & (rank_BN >= masked_BN.shape[-1] - left)

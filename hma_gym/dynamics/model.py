@@ -23,7 +23,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,11 @@ from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, training_mask, unmask
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
-from hma_gym.errors import InvalidArgument, UnknownName
-from hma_gym.nn.transformer import Cache, SpaceTimeTransformer, TrunkConfig
+from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument, UnknownName
+from hma_gym.nn.parameters import ParameterGroup, weight_of
+from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, TrunkConfig
 
 Conditioning = Literal["shifted", "in_place"]
-
-#: Width at which muP's learning-rate multipliers are 1.
-BASE_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class DynamicsConfig:
         mask_full, mask_minimum: share of training frames that are wholly masked, and the least ratio of the others.
         action_mask: share of training rows whose actions are hidden (passive, policy and full dynamics).
         state_noise: corruption of the previous agent_pos, in units of one step's standard change.
-        rollout_share: share of training rows whose inputs are the model's own rollout.
+        rollout_share: share of training batches whose inputs are the model's own rollouts.
         rollout_max: longest own rollout before the training clip ends, in frames.
         state_weight, target_weight, action_weight: weights of these losses beside the tokens'.
     """
@@ -88,9 +86,46 @@ class DynamicsConfig:
         if self.conditioning not in ("shifted", "in_place"):
             raise InvalidArgument(f"dynamics: conditioning must be 'shifted' or 'in_place', got {self.conditioning!r}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, read back by :meth:`from_dict`; ``head["kind"]`` tells the kind of token."""
+        fields = dataclasses.asdict(self)
+        fields["head"]["kind"] = "soft" if isinstance(self.head, FlowHeadConfig) else "vq"
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> DynamicsConfig:
+        """The inverse of :meth:`to_dict`; unknown or missing keys raise :class:`CheckpointError`."""
+        head_fields = dict(fields.get("head", {}))
+        kind = head_fields.pop("kind", None)
+        kinds: dict[Any, type[FlowHeadConfig] | type[MaskGITHeadConfig]] = {
+            "soft": FlowHeadConfig,
+            "vq": MaskGITHeadConfig,
+        }
+        if kind not in kinds:
+            raise CheckpointError(f"dynamics config: head kind must be one of {sorted(kinds)}, got {kind!r}.")
+        parts = {"trunk": _strict(TrunkConfig, fields.get("trunk", {})), "head": _strict(kinds[kind], head_fields)}
+        return _strict(cls, {**fields, **parts})
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def _strict(kind: type[ConfigT], fields: Mapping[str, Any]) -> ConfigT:
+    """Build a config dataclass from JSON values that must name exactly its fields."""
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if set(fields) != known:
+        raise CheckpointError(
+            f"{kind.__name__} must have exactly the keys {sorted(known)}; unknown: {sorted(set(fields) - known)}, "
+            f"missing: {sorted(known - set(fields))}. Another version of hma_gym wrote it: use that version."
+        )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
 
 class ModulationBank(nn.Module):
-    """One domain's modulation of all layers, from the action's embedding, in two matrix products a frame."""
+    """One domain's modulation of all layers, from the action's embedding, in one (adaln) or two products a frame.
+
+    ``adaln`` has one linear map for all layers, ``residual`` an MLP a layer, as in the paper.
+    """
 
     def __init__(self, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -98,21 +133,23 @@ class ModulationBank(nn.Module):
         out = trunk.layers * trunk.modulation_vectors * trunk.width
         if trunk.modulation == "adaln":
             self.hidden: nn.Parameter | None = None
+            self.hidden_bias: nn.Parameter | None = None
             self.out = nn.Parameter(torch.empty(1, trunk.width, out))
         else:
             self.hidden = nn.Parameter(torch.empty(trunk.layers, trunk.width, trunk.width))
             self.out = nn.Parameter(torch.empty(trunk.layers, trunk.width, out // trunk.layers))
-            nn.init.xavier_normal_(self.hidden)
+            self.hidden_bias = nn.Parameter(torch.zeros(trunk.layers, trunk.width))
+            nn.init.normal_(self.hidden, std=1.0 / math.sqrt(trunk.width))
         nn.init.normal_(self.out, std=0.1 / math.sqrt(trunk.width))
         self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, action_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, L, M, D)."""
-        embedded = F.silu(action_BTD)
-        if self.hidden is None:
-            y = embedded @ self.out[0]
+        y: Tensor
+        if self.hidden is None or self.hidden_bias is None:
+            y = F.silu(action_BTD) @ self.out[0]
         else:
-            hidden = F.silu(torch.einsum("btd,lde->btle", embedded, self.hidden))
+            hidden = F.silu(torch.einsum("btd,lde->btle", action_BTD, self.hidden) + self.hidden_bias)
             y = torch.einsum("btle,lef->btlf", hidden, self.out).flatten(2)
         return (y + self.bias).unflatten(-1, self.shape)
 
@@ -128,29 +165,61 @@ class DomainAdapter(nn.Module):
         self.action_tokens = config.action_tokens
         for name in ("action_mean", "action_std", "state_mean", "state_std", "delta_std", "target_mean", "target_std"):
             self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
-        self.stem = nn.Sequential(nn.Linear(self.action_size, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.stem[0], self.stem[2]):
-            nn.init.xavier_uniform_(layer.weight, gain=0.1 if layer is self.stem[2] else 1.0)
-            nn.init.zeros_(layer.bias)
+        first, second = nn.Linear(max(self.action_size, 1), width), nn.Linear(width, width)
+        bound = math.sqrt(6.0 / (first.in_features + BASE_WIDTH))  # Xavier at the base width: the same at all widths
+        nn.init.uniform_(first.weight, -bound, bound)
+        nn.init.xavier_uniform_(second.weight, gain=0.1)
+        nn.init.zeros_(first.bias)
+        nn.init.zeros_(second.bias)
+        self.stem = nn.Sequential(first, nn.SiLU(), second)
         self.no_action = nn.Parameter(torch.zeros(width))
         self.modulation = ModulationBank(config.trunk)
         self.action_in = nn.Linear(width, config.action_tokens * width) if config.action_tokens else None
         self.state_in = nn.Linear(max(domain.state_dim, 1), width)
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
-        self.action_out = nn.Linear(width, self.action_size)
+        self.action_out = nn.Linear(width, max(self.action_size, 1))
         self.target_out = nn.Linear(width, max(domain.target_dim, 1))
         for readout in (self.state_out, self.action_out, self.target_out):
             nn.init.zeros_(readout.weight)
             nn.init.zeros_(readout.bias)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weights from the trunk's width to its width (or a multiple of it)."""
+        weights = [weight_of(self.stem[2]), self.modulation.out]
+        if self.modulation.hidden is not None:
+            weights.append(self.modulation.hidden)
+        if self.action_in is not None:
+            weights.append(weight_of(self.action_in))
+        return weights
+
+    def readouts(self) -> list[nn.Parameter]:
+        """Weights from the trunk's width to a size that does not grow with it."""
+        return [weight_of(layer) for layer in (self.state_out, self.action_out, self.target_out)]
+
+    def _action_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of an action chunk, (stride * A) each."""
+        stride = self.domain.stride
+        return self.get_buffer("action_mean").repeat(stride), self.get_buffer("action_std").repeat(stride)
+
     def normalise_action(self, action: Tensor) -> Tensor:
         """Raw action chunks (..., stride * A) in env units to zero mean and unit variance."""
-        stride = self.domain.stride
-        mean, std = self.get_buffer("action_mean").repeat(stride), self.get_buffer("action_std").repeat(stride)
+        mean, std = self._action_statistics()
         return (action - mean) / std
+
+    def next_action(self, feature: Tensor) -> Tensor:
+        """The action head: (..., D) -> normalised action chunks (..., stride * A)."""
+        action: Tensor = self.action_out(feature)[..., : self.action_size]
+        return action.float()
+
+    def restore_action(self, action: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise_action`."""
+        mean, std = self._action_statistics()
+        return action * std + mean
 
     def embed_action(self, action: Tensor, given: Tensor) -> Tensor:
         """Normalised actions (..., stride * A) and where they are given (...) bool -> (..., D)."""
+        if self.action_size == 0:
+            return self.no_action.expand(*given.shape, -1)
         embedded: Tensor = self.stem(action)
         return torch.where(given[..., None], embedded, self.no_action.to(embedded.dtype))
 
@@ -167,13 +236,25 @@ class DomainAdapter(nn.Module):
         """The state head: (..., D) and the previous agent_pos (..., P) -> the next one, in its own units."""
         if self.domain.state_dim == 0:
             return agent_pos
-        return agent_pos + self.state_out(feature).float() * self.get_buffer("delta_std")
+        change: Tensor = self.state_out(feature).float() * self.get_buffer("delta_std")
+        return agent_pos + change
 
     def targets(self, feature: Tensor) -> Tensor:
         """The auxiliary head: (..., D) -> privileged targets (..., X), in their own units."""
         if self.domain.target_dim == 0:
             return feature.new_zeros(*feature.shape[:-1], 0, dtype=torch.float32)
-        return self.get_buffer("target_mean") + self.target_out(feature).float() * self.get_buffer("target_std")
+        above_mean: Tensor = self.target_out(feature).float() * self.get_buffer("target_std")
+        return self.get_buffer("target_mean") + above_mean
+
+
+def _mean_where(value_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """Weighted mean; 0 where there is no weight at all."""
+    return (value_BT * weight_BT).sum() / weight_BT.sum().clamp(min=1)
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether torch cannot keep a module under this name."""
+    return not name or "." in name or hasattr(nn.ModuleDict, name)
 
 
 @dataclass(frozen=True)
@@ -195,9 +276,11 @@ class Dynamics(nn.Module):
 
     def __init__(self, config: DynamicsConfig, domains: Sequence[Domain]) -> None:
         super().__init__()
-        if not domains or len({domain.name for domain in domains}) != len(domains):
+        names = [domain.name for domain in domains]
+        if not names or len(set(names)) != len(names) or any(map(_is_reserved, names)):
             raise InvalidArgument(
-                f"dynamics: needs one or more domains with different names, got {[d.name for d in domains]}."
+                "dynamics: needs one or more domains with different names, without dots and other than the methods of "
+                f"a dict, got {names}; rename them."
             )
         self.config = config
         self.domains = tuple(domains)
@@ -214,6 +297,27 @@ class Dynamics(nn.Module):
         self.action_size = max(domain.action_dim * domain.stride for domain in domains)
         self.state_size = max(domain.state_dim for domain in domains)
         self.target_size = max(domain.target_dim for domain in domains)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """How the parameters are trained at any width (muP: Yang et al. 2022, Table 8).
+
+        Weights whose fan-in grows with the width, between hidden layers or to an output, have AdamW's rate divided by
+        width / BASE_WIDTH; input weights, biases and embeddings do not. Only the trunk's matrices are for Muon: the
+        others are banks of several matrices in one, or outputs.
+        """
+        ratio = self.config.trunk.width / BASE_WIDTH
+        matrices = [weight_of(module) for module in self.trunk.modules() if isinstance(module, nn.Linear)]
+        hidden, readouts = self.head.hidden_matrices(), self.head.readouts()
+        for index in range(len(self.domains)):
+            hidden += self.adapter(index).hidden_matrices()
+            readouts += self.adapter(index).readouts()
+        chosen = {id(parameter) for parameter in (*matrices, *hidden, *readouts)}
+        return [
+            ParameterGroup("matrices", matrices, kind="matrix", width_ratio=ratio),
+            ParameterGroup("hidden", hidden, width_ratio=ratio),
+            ParameterGroup("readouts", readouts, width_ratio=ratio),
+            ParameterGroup("other", [p for p in self.parameters() if id(p) not in chosen], weight_decay_multiplier=0.0),
+        ]
 
     # ------------------------------------------------------------------ domains
 
@@ -291,7 +395,11 @@ class Dynamics(nn.Module):
             previous: tokens of the frames before them; ignored in place.
             masked_BTN: True where a current token is hidden.
             actions_BTA: the normalised action that led to each frame; ``given_BT`` False hides it.
-            agent_pos_BTP: agent_pos of the frame before each frame, raw units.
+            agent_pos_BTP: agent_pos of the frame before each frame, raw units; in place, that of the frame itself where
+                the frame is clean.
+
+        Raises:
+            InvalidArgument: learned time positions and a clip longer than the window.
         """
         modulation, extra = self._condition(actions_BTA, given_BT, agent_pos_BTP, domain_B)
         x = self.head.embed_current(current, masked_BTN)
@@ -299,6 +407,11 @@ class Dynamics(nn.Module):
             x = x + self.head.embed_previous(previous)
         x = self._inputs(x, extra)
         if self.time_embedding is not None:
+            if x.shape[1] > len(self.time_embedding):
+                raise InvalidArgument(
+                    f"clips must have at most {len(self.time_embedding)} frames (the trunk's window) with learned time "
+                    f"positions, got {x.shape[1]}; draw shorter clips or use rotary positions."
+                )
             x = x + self.time_embedding[: x.shape[1]]
         return self._columns(self.trunk(x, modulation))
 
@@ -308,10 +421,10 @@ class Dynamics(nn.Module):
         """Masked training (Section 3.3) on a batch of clips.
 
         Args:
-            batch: ``tokens`` (B, T + 1, S...), ``actions`` (B, T, A) raw; optional ``agent_pos`` (B, T + 1, P) raw,
-                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False hides the action), ``domain`` (B,).
-                Where ``rollout_share`` > 0, T must be ``rollout_max`` + the clip's own length; teacher-forced rows
-                use a part of it.
+            batch: ``tokens`` (B, T + 1, S...); optional ``actions`` (B, T, A) raw, ``agent_pos`` (B, T + 1, P) raw,
+                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False: no action is known), ``domain`` (B,).
+                Without actions this is passive training. Where ``rollout_share`` > 0, T must be ``rollout_max`` + the
+                clip's own length; teacher-forced rows use a part of it.
             generator: all random choices come from it.
 
         Returns:
@@ -319,44 +432,52 @@ class Dynamics(nn.Module):
         """
         config = self.config
         tokens = batch["tokens"]
-        B, device = tokens.shape[0], tokens.device
+        B, T, device = tokens.shape[0], tokens.shape[1] - 1, tokens.device
         domain_B = batch.get("domain", torch.zeros(B, dtype=torch.int64, device=device))
-        T = batch["actions"].shape[1]
         agent_pos = batch.get("agent_pos", tokens.new_zeros(B, T + 1, self.state_size, dtype=torch.float32))
-        actions = self.normalise_actions(batch["actions"], domain_B)
-        given = batch.get("given", torch.ones(B, T, dtype=torch.bool, device=device))
+        if "actions" in batch:
+            actions = self.normalise_actions(batch["actions"], domain_B)
+            known = batch.get("given", torch.ones(B, T, dtype=torch.bool, device=device))
+        else:
+            actions = torch.zeros(B, T, self.action_size, device=device)
+            known = torch.zeros(B, T, dtype=torch.bool, device=device)
         hidden_B = torch.rand(B, generator=generator, device=device) < config.action_mask
-        given = given & ~hidden_B[:, None]
+        given = known & ~hidden_B[:, None]
         previous, previous_pos = self.head.corrupt(tokens[:, :-1], generator), agent_pos[:, :-1]
         previous_pos = previous_pos + self._state_noise(previous_pos, domain_B, generator)
         start = 0
         if config.rollout_share > 0:
             clip = T - config.rollout_max
-            start = int(torch.randint(config.rollout_max + 1, (1,), generator=generator, device=device))
-            own_B = torch.rand(B, generator=generator, device=device) < config.rollout_share
-            rows = own_B.nonzero()[:, 0]
-            if len(rows):
-                seeds = torch.randint(2**31, (len(rows),), generator=generator, device=device)
-                own, own_pos = self._own_rollout(
-                    tokens[rows], agent_pos[rows], actions[rows], domain_B[rows], seeds, start + clip
+            if clip < 1:
+                raise InvalidArgument(
+                    f"clips must be longer than rollout_max = {config.rollout_max} transitions, got {T}; draw longer "
+                    "clips or lower rollout_max."
                 )
-                previous = previous.index_copy(0, rows, torch.cat((own, previous[rows, start + clip :]), dim=1))
-                previous_pos = previous_pos.index_copy(
-                    0, rows, torch.cat((own_pos, previous_pos[rows, start + clip :]), dim=1)
+            start = int(torch.randint(config.rollout_max + 1, (1,), generator=generator, device=device))
+            if float(torch.rand((), generator=generator, device=device)) < config.rollout_share:
+                seeds = torch.randint(2**31, (B,), generator=generator, device=device)
+                previous, previous_pos = self._own_rollout(
+                    tokens, agent_pos, actions, known, domain_B, seeds, start + clip
                 )
             stop = start + clip
             tokens, agent_pos = tokens[:, start : stop + 1], agent_pos[:, start : stop + 1]
             previous, previous_pos = previous[:, start:stop], previous_pos[:, start:stop]
-            actions, given, T = actions[:, start:stop], given[:, start:stop], clip
+            actions, given, known, T = actions[:, start:stop], given[:, start:stop], known[:, start:stop], clip
         masked = training_mask(B, T, self.head.positions, config.mask_full, config.mask_minimum, generator)
         if config.conditioning == "shifted":
+            predicted = torch.ones_like(given)
             columns = self.clip_features(tokens[:, 1:], previous, masked, actions, given, previous_pos, domain_B)
         else:
-            columns = self._in_place_columns(tokens, previous, masked, actions, given, previous_pos, domain_B)
+            first_B = torch.randint(T, (B,), generator=generator, device=device)
+            predicted = torch.arange(T, device=device) >= first_B[:, None]
+            masked = masked & predicted[..., None]
+            columns = self._in_place_columns(
+                tokens, previous, masked, predicted, actions, given, previous_pos, domain_B
+            )
         loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], previous, masked, generator)
         targets = batch["targets"][:, start + 1 : start + T + 1] if "targets" in batch else None
         for name, weight, value in self._side_losses(
-            columns, previous_pos, agent_pos[:, 1:], actions, given, targets, domain_B
+            columns, previous_pos, agent_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
         ):
             loss = loss + weight * value
             metrics[name] = value.detach()
@@ -367,22 +488,28 @@ class Dynamics(nn.Module):
         tokens: Tensor,
         previous: Tensor,
         masked_BTN: Tensor,
+        predicted_BT: Tensor,
         actions_BTA: Tensor,
         given_BT: Tensor,
         agent_pos_BTP: Tensor,
         domain_B: Tensor,
     ) -> Columns:
-        """The paper's layout: a clean start column, then the (partly masked) columns of frames 1..T."""
-        B, T = actions_BTA.shape[:2]
-        no_mask = torch.zeros_like(masked_BTN[:, :1])
-        current = torch.cat((previous[:, :1], tokens[:, 1:]), dim=1)
+        """The paper's layout: clean columns up to a frame, then masked ones.
+
+        A clean column is given its own frame's agent_pos, a masked one that of the frame before, as in a rollout.
+        """
+        shown = torch.cat((previous[:, 1:], tokens[:, -1:]), dim=1)  # frames 1..T as a rollout would have them
+        shown_pos = torch.cat((agent_pos_BTP[:, 1:], agent_pos_BTP[:, -1:]), dim=1)  # the last frame is never context
+        is_new = predicted_BT.view(*predicted_BT.shape, *(1,) * (tokens.ndim - 2))
+        current = torch.cat((previous[:, :1], torch.where(is_new, tokens[:, 1:], shown)), dim=1)
+        position = torch.where(predicted_BT[..., None], agent_pos_BTP, shown_pos)
         columns = self.clip_features(
             current,
             current,
-            torch.cat((no_mask, masked_BTN), dim=1),
+            torch.cat((torch.zeros_like(masked_BTN[:, :1]), masked_BTN), dim=1),
             torch.cat((torch.zeros_like(actions_BTA[:, :1]), actions_BTA), dim=1),
             torch.cat((torch.zeros_like(given_BT[:, :1]), given_BT), dim=1),
-            torch.cat((agent_pos_BTP[:, :1], agent_pos_BTP), dim=1),
+            torch.cat((agent_pos_BTP[:, :1], position), dim=1),
             domain_B,
         )
         return Columns(columns.tokens_BTND[:, 1:], columns.state_BTD[:, 1:], columns.pooled_BTD[:, 1:])
@@ -401,15 +528,26 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def _own_rollout(
-        self, tokens: Tensor, agent_pos: Tensor, actions: Tensor, domain_B: Tensor, seed_B: Tensor, frames: int
+        self,
+        tokens: Tensor,
+        agent_pos: Tensor,
+        actions: Tensor,
+        known_BT: Tensor,
+        domain_B: Tensor,
+        seed_B: Tensor,
+        frames: int,
     ) -> tuple[Tensor, Tensor]:
-        """The model's own frames 0..frames-1 under the true (normalised) actions: inputs for the training columns."""
+        """The model's own frames 0..frames-1, inputs for the training columns.
+
+        The actions are the true ones (normalised), where the data has them.
+        """
         state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain=domain_B)
         kept, kept_pos = [state.tokens], [state.agent_pos_BP]
         for t in range(frames - 1):
-            state, _ = self.step_normalised(state, actions[:, t], in_place=True)
+            state, _ = self._step(state, actions[:, t], known_BT[:, t], True, None)
             kept.append(state.tokens)
             kept_pos.append(state.agent_pos_BP)
+        torch.clear_autocast_cache()  # copies of weights made without gradients must not serve the training pass
         return torch.stack(kept, dim=1), torch.stack(kept_pos, dim=1)
 
     def _side_losses(
@@ -417,29 +555,32 @@ class Dynamics(nn.Module):
         columns: Columns,
         previous_pos: Tensor,
         agent_pos: Tensor,
+        predicted_BT: Tensor,
         actions: Tensor,
-        given: Tensor,
+        hidden_BT: Tensor,
         targets: Tensor | None,
         domain_B: Tensor,
     ) -> list[tuple[str, float, Tensor]]:
-        """State, target and action losses, each (name, weight, mean over all rows)."""
+        """Losses of predicted states and targets and of hidden actions, each (name, weight, mean)."""
         config, B = self.config, len(domain_B)
         state_loss = target_loss = action_loss = columns.state_BTD.new_zeros((), dtype=torch.float32)
         for adapter, rows in self._groups(domain_B):
             share = len(columns.state_BTD[rows]) / B
-            feature, domain = columns.state_BTD[rows], adapter.domain
+            feature, domain, predicted = columns.state_BTD[rows], adapter.domain, predicted_BT[rows].float()
             if domain.state_dim:
                 P = domain.state_dim
-                predicted = adapter.next_state(feature, previous_pos[rows, :, :P])
-                error = (predicted - agent_pos[rows, :, :P]) / adapter.get_buffer("delta_std")
-                state_loss = state_loss + share * F.smooth_l1_loss(error, torch.zeros_like(error))
+                error = adapter.next_state(feature, previous_pos[rows, :, :P]) - agent_pos[rows, :, :P]
+                error = error / adapter.get_buffer("delta_std")
+                wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
+                state_loss = state_loss + share * _mean_where(wrong.mean(-1), predicted)
             if domain.target_dim and targets is not None:
                 error = adapter.targets(feature) - targets[rows, :, : domain.target_dim]
                 error = error / adapter.get_buffer("target_std")
-                target_loss = target_loss + share * F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.2)
-            hidden = (~given[rows]).float()
-            wrong = (adapter.action_out(feature).float() - actions[rows, :, : adapter.action_size]).square().mean(-1)
-            action_loss = action_loss + share * (wrong * hidden).sum() / hidden.sum().clamp(min=1)
+                wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=0.2)
+                target_loss = target_loss + share * _mean_where(wrong.mean(-1), predicted)
+            if adapter.action_size:
+                wrong = (adapter.next_action(feature) - actions[rows, :, : adapter.action_size]).square().mean(-1)
+                action_loss = action_loss + share * _mean_where(wrong, hidden_BT[rows].float())
         return [
             ("state_loss", config.state_weight, state_loss),
             ("target_loss", config.target_weight, target_loss),
@@ -491,7 +632,7 @@ class Dynamics(nn.Module):
         """One frame of all rollouts: forward dynamics, or passive where ``action_BA`` is None.
 
         Args:
-            action_BA: raw action chunks in env units, (B, stride * A).
+            action_BA: raw action chunks in env units, (B, stride * A), padded to the widest domain.
             in_place: reuse the cache memory of ``state``, which must not be used again; faster.
 
         Returns:
@@ -499,22 +640,23 @@ class Dynamics(nn.Module):
         """
         if action_BA is None:
             return self._step(state, torch.zeros_like(state.action_BA), torch.zeros_like(state.acted_B), in_place, None)
-        action_BA = self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
-        return self.step_normalised(state, action_BA, in_place)
+        return self._step(state, self._normal(state, action_BA), torch.ones_like(state.acted_B), in_place, None)
 
-    def step_normalised(
-        self, state: RolloutState, action_BA: Tensor, in_place: bool = False
-    ) -> tuple[RolloutState, StepOutput]:
-        """As :meth:`step`, with actions that are normalised already."""
-        return self._step(state, action_BA, torch.ones_like(state.acted_B), in_place, None)
+    def _normal(self, state: RolloutState, action_BA: Tensor) -> Tensor:
+        """Checked and normalised actions of one step."""
+        if action_BA.shape != state.action_BA.shape:
+            raise InvalidAction(
+                f"action must have the shape {tuple(state.action_BA.shape)} (rows, action dims x stride of the widest "
+                f"domain), got {tuple(action_BA.shape)}; pad actions of narrower domains with zeros."
+            )
+        return self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
 
     @torch.no_grad()
     def observe(
         self, state: RolloutState, action_BA: Tensor, tokens: Tensor, agent_pos_BP: Tensor | None
     ) -> RolloutState:
         """As :meth:`step`, but the new frame is given (real), not generated: gives a rollout more context."""
-        action_BA = self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
-        state, _ = self._step(state, action_BA, torch.ones_like(state.acted_B), False, tokens)
+        state, _ = self._step(state, self._normal(state, action_BA), torch.ones_like(state.acted_B), False, tokens)
         if agent_pos_BP is None:
             return state
         return dataclasses.replace(state, agent_pos_BP=agent_pos_BP.float())
@@ -526,13 +668,8 @@ class Dynamics(nn.Module):
         columns, _ = self._first_pass(state, torch.zeros_like(state.action_BA), hidden, False)
         result = torch.zeros_like(state.action_BA)
         for adapter, rows in self._groups(state.domain_B):
-            action = adapter.action_out(columns.state_BTD[rows, -1]).float()
-            stride = adapter.domain.stride
-            std, mean = (
-                adapter.get_buffer("action_std").repeat(stride),
-                adapter.get_buffer("action_mean").repeat(stride),
-            )
-            result[rows, : adapter.action_size] = action * std + mean
+            action = adapter.next_action(columns.state_BTD[rows, -1])
+            result[rows, : adapter.action_size] = adapter.restore_action(action)
         return result
 
     def _pass(

@@ -34,6 +34,12 @@ class ParameterGroup:
     width_ratio: float = 1.0
 
 
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The weight of a linear layer, as the parameter that it is."""
+    assert isinstance(layer, nn.Linear) and isinstance(layer.weight, nn.Parameter)
+    return layer.weight
+
+
 def default_parameter_groups(model: nn.Module, *, not_matrices: Iterable[nn.Parameter] = ()) -> list[ParameterGroup]:
     """Weights of ``nn.Linear`` as matrices, other tensors of 2 or more dims with decay, the rest without.
 

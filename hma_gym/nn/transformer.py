@@ -31,6 +31,9 @@ from hma_gym.nn.attention import Implementation, attend, ring_positions, rotary_
 ModulationKind = Literal["adaln", "residual"]
 TimePositions = Literal["rotary", "learned"]
 
+#: Width at which muP's multipliers are 1.
+BASE_WIDTH = 256
+
 #: The head dim at which muP's 1/K attention scale equals the classical 1/sqrt(K).
 BASE_HEAD_DIM = 32
 
@@ -247,6 +250,7 @@ class SpaceTimeTransformer(nn.Module):
         rows = torch.arange(B, device=x_BTND.device)[:, None]
         slots = torch.remainder(position_BT[:, :commit], config.window)
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             past = (cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer])
             x_BTND, k, v = block.extend(x_BTND, modulation_BTLMD[:, :, layer], rotary, past, mask_BTS)
             if commit:
