@@ -13,8 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hma_gym.dynamics.checkpoint import Checkpoint
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,3 +76,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"needed under CI=true: {reason}", pytrace=False)
         if reason:
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved toy checkpoint; not to be changed."""
+    from toy_checkpoint import toy_checkpoint
+
+    from hma_gym.dynamics.checkpoint import save_checkpoint
+
+    return save_checkpoint(toy_checkpoint(), tmp_path_factory.mktemp("checkpoint") / "toy")
+
+
+@pytest.fixture(scope="session")
+def toy(toy_folder: Path) -> Checkpoint:
+    """The same, loaded once; environments share its weights and never change them."""
+    from hma_gym.dynamics.checkpoint import load_checkpoint
+
+    return load_checkpoint(toy_folder)

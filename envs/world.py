@@ -1,0 +1,359 @@
+"""A checkpoint as a world: how a batch of rollouts begins, goes on, is seen and is judged.
+
+Knows nothing of episodes, seeds or Gymnasium: those are the environments' part. All state is in :class:`Rows`, which
+the caller owns; the world itself never changes, so that many environments can share one.
+
+Always the whole batch goes through a network, also when some rows stand still, and frames are encoded in batches that
+do not depend on who resets: so a row's numbers do not depend on what its neighbours do, to the last bit.
+
+Shape legend: N rows, R rows that begin, K window of the judge, T frames of context, H W frame, S tokens of a frame,
+P agent_pos dims, A numbers of an action (action dims times stride).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
+from hma_gym.dynamics.model import Dynamics
+from hma_gym.dynamics.rollout import RolloutState
+from hma_gym.envs.tasks import get_task
+from hma_gym.errors import CheckpointError, InvalidArgument
+from hma_gym.judges.protocol import Judge
+from hma_gym.judges.registry import get_judge
+
+Mask = NDArray[np.bool_]
+_ENCODE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rollouts and what was last seen of them.
+
+    Attributes:
+        rollout: the dynamics model's state.
+        tokens_NK: tokens of the last K frames, oldest first; at the start the first frame fills the window.
+        frames_NKHWC: those frames, uint8; meaningless where hidden.
+        hidden_NK: host mask of frames that were not decoded yet.
+    """
+
+    rollout: RolloutState
+    tokens_NK: Tensor
+    frames_NKHWC: Tensor
+    hidden_NK: Mask
+
+    def __len__(self) -> int:
+        return len(self.hidden_NK)
+
+    @property
+    def frame_NHWC(self) -> Tensor:
+        """The current frames."""
+        return self.frames_NKHWC[:, -1]
+
+    def select(self, index_R: NDArray[np.int64]) -> Rows:
+        """These rows, in that order, as a copy; rows may repeat."""
+        index = torch.from_numpy(index_R).to(self.tokens_NK.device)
+        return Rows(
+            self.rollout.select(index),
+            self.tokens_NK.index_select(0, index),
+            self.frames_NKHWC.index_select(0, index),
+            self.hidden_NK[index_R],
+        )
+
+    def put(self, index_R: NDArray[np.int64], other: Rows) -> None:
+        """Overwrite these rows with the R rows of ``other``, in place."""
+        index = torch.from_numpy(index_R).to(self.tokens_NK.device)
+        for field in dataclasses.fields(RolloutState):
+            getattr(self.rollout, field.name).index_copy_(0, index, getattr(other.rollout, field.name))
+        self.tokens_NK.index_copy_(0, index, other.tokens_NK)
+        self.frames_NKHWC.index_copy_(0, index, other.frames_NKHWC)
+        self.hidden_NK[index_R] = other.hidden_NK
+
+    def reseed(self, seed_N: NDArray[np.int64]) -> Rows:
+        """The same situations with other random numbers ahead."""
+        return dataclasses.replace(self, rollout=self.rollout.reseed(torch.tensor(seed_N)))
+
+
+@dataclass(frozen=True)
+class Context:
+    """Real frames to begin from, for R rows, or one that all rows share (leading 1).
+
+    Attributes:
+        frames_RTHWC: uint8.
+        actions_RTA: float32, the actions between the frames (T - 1 of them), env units.
+        agent_pos_RTP: float32 in its own units, of every frame or of the first one only (then the model predicts it).
+    """
+
+    frames_RTHWC: NDArray[np.uint8]
+    actions_RTA: NDArray[np.float32]
+    agent_pos_RTP: NDArray[np.float32]
+
+    def select(self, index_R: NDArray[np.int64]) -> Context:
+        """The context of these rows only."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Context(**{name: x if len(x) == 1 else x[index_R] for name, x in fields.items()})
+
+
+class LearnedWorld:
+    """Tokenizer, dynamics, judge and start bank of one domain of a checkpoint.
+
+    Args:
+        checkpoint: loaded; its weights are shared, and its device is the world's.
+        domain: name of the domain; needed where the checkpoint has several.
+        judge: a judge, or the name of a registered one; None takes the checkpoint's own, if it has one.
+        temperature, decode_steps: sampling, in place of the checkpoint's own settings.
+
+    Attributes:
+        checkpoint, tokenizer, dynamics, judge, domain: the parts in use.
+        device: where the weights are.
+        image_size: (H, W).
+        action_size: A.
+
+    Raises:
+        InvalidArgument: no domain named where there are several.
+        UnknownName: no such domain or judge.
+        CheckpointError: a start bank that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        domain: str | None = None,
+        judge: Judge | str | None = None,
+        temperature: float | None = None,
+        decode_steps: int | None = None,
+    ) -> None:
+        if domain is None and len(checkpoint.dynamics.domains) > 1:
+            raise InvalidArgument(
+                f"domain must name one of {[d.name for d in checkpoint.dynamics.domains]}: checkpoint "
+                f"{checkpoint.name!r} has several."
+            )
+        self.checkpoint = checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self.dynamics = _with_sampling(checkpoint.dynamics, temperature, decode_steps)
+        self.judge: Judge | None = checkpoint.judge if judge is None else get_judge(judge)
+        self._domain_index = 0 if domain is None else self.dynamics.domain_index(domain)
+        self.domain = self.dynamics.domains[self._domain_index]
+        self.device = self.dynamics.position_embedding.device
+        self.image_size = self.tokenizer.image_size
+        self.action_size = self.domain.action_dim * self.domain.stride
+        self.window = 1 if self.judge is None else self.judge.window
+        bank = checkpoint.starts
+        if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name!r}: its starts must be images of {self.image_size} pixels with "
+                f"{self.domain.state_dim} agent_pos dims, got frames {bank.frames_NHWC.shape} and agent_pos "
+                f"{bank.agent_pos_NP.shape}; save it again with starts of this domain."
+            )
+        self._bank_frames = torch.from_numpy(bank.frames_NHWC).to(self.device)
+        self._bank_agent_pos = torch.from_numpy(bank.agent_pos_NP[:, : self.domain.state_dim]).to(self.device)
+        with torch.inference_mode():
+            self._bank_tokens = torch.cat(
+                [self.tokenizer.encode(part) for part in self._bank_frames.split(_ENCODE_BATCH)]
+            )
+
+    @property
+    def starts(self) -> int:
+        """Number of starts in the bank."""
+        return len(self._bank_frames)
+
+    def nearest_start(self, frame_HWC: NDArray[np.uint8]) -> int:
+        """Index of the bank's frame with the least squared pixel difference."""
+        frame = torch.from_numpy(np.array(frame_HWC)).to(self.device)
+        return int((self._bank_frames.float() - frame.float()).square().flatten(1).sum(dim=1).argmin())
+
+    def start_agent_pos(self, index: int) -> NDArray[np.float32]:
+        """agent_pos (P,) of a start of the bank."""
+        return np.array(self._bank_agent_pos[index].cpu().numpy())
+
+    def begin(self, index_R: NDArray[np.int64], seed_R: NDArray[np.int64]) -> Rows:
+        """Rollouts from starts of the bank."""
+        index = torch.from_numpy(index_R).to(self.device)
+        return self._rows(
+            self._bank_frames.index_select(0, index),
+            self._bank_tokens.index_select(0, index),
+            self._bank_agent_pos.index_select(0, index),
+            seed_R,
+        )
+
+    def begin_from(self, context: Context, seed_R: NDArray[np.int64]) -> Rows:
+        """Rollouts from given real frames; the last one of each row is the current frame."""
+        R = len(seed_R)
+        frames_RT = torch.from_numpy(np.array(context.frames_RTHWC)).to(self.device)
+        # One at a time: a frame's tokens must not depend, to the last bit, on how many come with it.
+        tokens = torch.cat([self.tokenizer.encode(frame[None]) for frame in frames_RT.flatten(0, 1)])
+        tokens_RT = tokens.unflatten(0, frames_RT.shape[:2])
+        tokens_RT, frames_RT, agent_pos, actions = (
+            x.expand(R, *x.shape[1:])
+            for x in (
+                tokens_RT,
+                frames_RT,
+                torch.from_numpy(np.array(context.agent_pos_RTP)).to(self.device),
+                torch.from_numpy(np.array(context.actions_RTA)).to(self.device),
+            )
+        )
+        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], agent_pos[:, 0], seed_R)
+        for t in range(1, frames_RT.shape[1]):
+            given = self._pad(agent_pos[:, t], self.dynamics.state_size) if agent_pos.shape[1] > 1 else None
+            rollout = self.dynamics.observe(
+                rows.rollout, self._pad(actions[:, t - 1], self.dynamics.action_size), tokens_RT[:, t], given
+            )
+            rows = Rows(
+                rollout,
+                torch.cat((rows.tokens_NK[:, 1:], tokens_RT[:, t, None]), dim=1),
+                torch.cat((rows.frames_NKHWC[:, 1:], frames_RT[:, t, None]), dim=1),
+                rows.hidden_NK,
+            )
+        return rows
+
+    def step(self, rows: Rows, actions_NA: Tensor, active_N: Mask) -> Rows:
+        """One frame, not decoded yet. Gives up ``rows``: their memory is used again.
+
+        Args:
+            actions_NA: env units, on the world's device.
+            active_N: rows where it is False stand still.
+        """
+        frozen = np.flatnonzero(~active_N)
+        kept = rows.select(frozen) if len(frozen) else None
+        actions = self._pad(actions_NA, self.dynamics.action_size)
+        rollout, _ = self.dynamics.step(rows.rollout, actions, in_place=True)
+        after = Rows(
+            rollout,
+            torch.cat((rows.tokens_NK[:, 1:], rollout.tokens[:, None]), dim=1),
+            torch.cat((rows.frames_NKHWC[:, 1:], rows.frames_NKHWC[:, -1:]), dim=1),
+            np.concatenate((rows.hidden_NK[:, 1:], np.ones_like(rows.hidden_NK[:, :1])), axis=1),
+        )
+        if kept is not None:
+            after.put(frozen, kept)
+        return after
+
+    def see(self, rows: Rows, last: int) -> Rows:
+        """Decode what is hidden of the ``last`` frames. Gives up ``rows``: their memory is used again."""
+        hidden_NK = rows.hidden_NK.copy()
+        for slot in range(self.window - last, self.window):
+            column_N = hidden_NK[:, slot]
+            if not column_N.any():
+                continue
+            decoded = self.tokenizer.decode(rows.tokens_NK[:, slot])
+            if column_N.all():
+                rows.frames_NKHWC[:, slot] = decoded
+            else:
+                mask = torch.from_numpy(column_N).to(self.device)[:, None, None, None]
+                rows.frames_NKHWC[:, slot] = torch.where(mask, decoded, rows.frames_NKHWC[:, slot])
+            hidden_NK[:, slot] = False
+        return dataclasses.replace(rows, hidden_NK=hidden_NK)
+
+    def judged(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """The judge on windows that were seen: infos by name, (N,) each, and the verdict (N,) bool.
+
+        Raises:
+            InvalidArgument: the judge gave something else than one probability for each row.
+        """
+        if self.judge is None:
+            return {}, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        probability_N = self.judge.probability(rows.frames_NKHWC).to(self.device)
+        if probability_N.shape != (len(rows),):
+            raise InvalidArgument(
+                f"judge {self.judge.name!r} must give one probability for each of {len(rows)} rows, got shape "
+                f"{tuple(probability_N.shape)}."
+            )
+        verdict_N = probability_N >= self.judge.threshold
+        return {"is_success": verdict_N, "success_probability": probability_N}, verdict_N
+
+    def agent_pos(self, rows: Rows) -> Tensor:
+        """(N, P) in its own units."""
+        return rows.rollout.agent_pos_BP[:, : self.domain.state_dim]
+
+    def _rows(self, frames_RHWC: Tensor, tokens_R: Tensor, agent_pos_RP: Tensor, seed_R: NDArray[np.int64]) -> Rows:
+        R, K = len(seed_R), self.window
+        domain = torch.full((R,), self._domain_index, dtype=torch.int64, device=self.device)
+        agent_pos = self._pad(agent_pos_RP, self.dynamics.state_size).contiguous()
+        tokens_R = tokens_R.contiguous()
+        return Rows(
+            self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain),
+            tokens_R[:, None].repeat_interleave(K, dim=1),
+            frames_RHWC[:, None].repeat_interleave(K, dim=1),
+            np.zeros((R, K), dtype=bool),
+        )
+
+    def _pad(self, x: Tensor, size: int) -> Tensor:
+        """Zeros up to the widest domain's size."""
+        return torch.nn.functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+
+
+def load_world(
+    task: str | None,
+    checkpoint: str | Path | Checkpoint | LearnedWorld | None,
+    domain: str | None,
+    judge: Judge | str | None,
+    temperature: float | None,
+    decode_steps: int | None,
+    device: str | torch.device | None,
+) -> LearnedWorld:
+    """The world that an environment's arguments mean; a world given as ``checkpoint`` is shared as it is.
+
+    Raises:
+        InvalidArgument: arguments that are missing or contradict each other.
+        UnknownName: no such task, domain or judge.
+        CheckpointError: see :func:`hma_gym.dynamics.checkpoint.load_checkpoint`.
+    """
+    if isinstance(checkpoint, LearnedWorld):
+        changes = {"domain": domain, "judge": judge, "temperature": temperature, "decode_steps": decode_steps}
+        given = [name for name, value in changes.items() if value is not None]
+        if given:
+            raise InvalidArgument(f"{', '.join(given)} cannot be given with a LearnedWorld; build it with them.")
+        world = checkpoint
+    else:
+        world = LearnedWorld(_checkpoint(task, checkpoint, device), domain, judge, temperature, decode_steps)
+    if device is not None and torch.zeros(0, device=device).device != world.device:
+        raise InvalidArgument(
+            f"device is {str(device)!r} and the given weights are on {str(world.device)!r}; move them first with "
+            "checkpoint.to(device), or leave device out."
+        )
+    if task is not None and world.checkpoint.task not in ("", task):
+        raise InvalidArgument(
+            f"checkpoint {world.checkpoint.name!r} was made for task {world.checkpoint.task!r}, not for {task!r}; "
+            "make it with gymnasium.make('HMA-v0', checkpoint=...)."
+        )
+    return world
+
+
+def _checkpoint(
+    task: str | None, checkpoint: str | Path | Checkpoint | None, device: str | torch.device | None
+) -> Checkpoint:
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    source: str | Path | None = checkpoint
+    if source is None:
+        if task is None:
+            raise InvalidArgument(
+                "checkpoint must be given where no task is: a shipped name, a folder, a hub id or a loaded Checkpoint."
+            )
+        source = get_task(task).checkpoint
+        if source is None:
+            raise InvalidArgument(
+                f"task {task!r} has no checkpoint of its own yet; train one and pass checkpoint=FOLDER."
+            )
+    # Building modules draws their first weights from torch's global generator, which is not ours to move.
+    with torch.random.fork_rng(devices=[]):
+        return load_checkpoint(source, device="cpu" if device is None else device)
+
+
+def _with_sampling(dynamics: Dynamics, temperature: float | None, decode_steps: int | None) -> Dynamics:
+    """The same weights (shared) with other sampling settings."""
+    changes: dict[str, Any] = {"temperature": temperature, "decode_steps": decode_steps}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes:
+        return dynamics
+    with torch.random.fork_rng(devices=[]):
+        twin = Dynamics(dataclasses.replace(dynamics.config, **changes), dynamics.domains)
+    twin.to(dynamics.position_embedding.device).load_state_dict(dynamics.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
