@@ -34,18 +34,18 @@ def change_light(frames_BKCHW: Tensor, generator: torch.Generator, share: float 
 
 
 def add_noise(frames_BKCHW: Tensor, generator: torch.Generator, share: float = 0.5, most: float = 0.06) -> Tensor:
-    """Add white noise of standard deviation up to ``most``."""
-    noise = torch.randn(frames_BKCHW.shape, generator=generator, device=frames_BKCHW.device)
+    """Add grain of standard deviation up to ``most``, the same in all frames of a window."""
+    grain_shape = (len(frames_BKCHW), 1, *frames_BKCHW.shape[2:])
+    noise = torch.randn(grain_shape, generator=generator, device=frames_BKCHW.device)
     return frames_BKCHW + most * _strength(frames_BKCHW, generator, share) * noise
 
 
 def blur(frames_BKCHW: Tensor, generator: torch.Generator, share: float = 0.5) -> Tensor:
     """Mix each frame with its 3 x 3 binomial blur."""
-    batch, window, channels, height, width = frames_BKCHW.shape
-    line = torch.tensor([0.25, 0.5, 0.25], device=frames_BKCHW.device)
-    planes = F.pad(frames_BKCHW.reshape(-1, 1, height, width), (1, 1, 1, 1), mode="replicate")
-    soft = F.conv2d(planes, torch.outer(line, line).view(1, 1, 3, 3)).reshape(frames_BKCHW.shape)
-    return torch.lerp(frames_BKCHW, soft, _strength(frames_BKCHW, generator, share))
+    wide = F.pad(frames_BKCHW.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
+    rows = (wide[..., :-2, :] + wide[..., 2:, :]) / 4 + wide[..., 1:-1, :] / 2
+    soft = (rows[..., :-2] + rows[..., 2:]) / 4 + rows[..., 1:-1] / 2
+    return torch.lerp(frames_BKCHW, soft.reshape(frames_BKCHW.shape), _strength(frames_BKCHW, generator, share))
 
 
 def _dct_matrix(size: int, device: torch.device) -> Tensor:
@@ -58,12 +58,13 @@ def _dct_matrix(size: int, device: torch.device) -> Tensor:
 def compress_blocks(frames_BKCHW: Tensor, generator: torch.Generator, share: float = 0.4) -> Tensor:
     """Round the 8 x 8 cosine coefficients to a random step of up to 0.5, as JPEG does: ringing and lost detail."""
     batch, window, channels, height, width = frames_BKCHW.shape
-    matrix = _dct_matrix(8, frames_BKCHW.device)
+    line = _dct_matrix(8, frames_BKCHW.device)
+    matrix = torch.kron(line, line)  # of a whole block, 64 x 64
     amount = _strength(frames_BKCHW, generator, share)
-    step = (0.5 * amount).clamp_min(1e-3)[..., None, None]
-    blocks = frames_BKCHW.reshape(batch, window, channels, height // 8, 8, width // 8, 8).transpose(4, 5)
-    quantised = (matrix @ blocks @ matrix.T / step).round() * step
-    restored = (matrix.T @ quantised @ matrix).transpose(4, 5).reshape(frames_BKCHW.shape)
+    step = (0.5 * amount).clamp_min(1e-3)[..., None]
+    blocks = frames_BKCHW.reshape(batch, window, channels, height // 8, 8, width // 8, 8).transpose(4, 5).flatten(5)
+    restored = ((blocks @ matrix.T / step).round() * step) @ matrix
+    restored = restored.unflatten(5, (8, 8)).transpose(4, 5).reshape(frames_BKCHW.shape)
     return torch.where(amount > 0, restored, frames_BKCHW)
 
 

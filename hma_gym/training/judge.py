@@ -79,7 +79,7 @@ class JudgeTrainConfig:
     batch_size: int = 64
     lr: float = 2e-3
     window: int = 4
-    channels: tuple[int, int, int] = (16, 32, 64)
+    channels: tuple[int, int, int] = (48, 64, 64)
     width: int = 128
     max_episodes: int = 1500
     max_held_out: int = 400
@@ -127,7 +127,10 @@ class JudgeTraining(nn.Module):
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the verdict plus the Huber loss of the standardised position where it is known."""
         frames_BKCHW = batch["frames_BKHWC"].permute(0, 1, 4, 2, 3).float() * (2 / 255) - 1
-        logit_B, position_B3 = self.judge(augment(frames_BKCHW, generator))
+        with torch.autocast(frames_BKCHW.device.type, enabled=False):
+            damaged_BKCHW = augment(frames_BKCHW, generator)
+        logit_B, position_B3 = self.judge(damaged_BKCHW)
+        logit_B, position_B3 = logit_B.float(), position_B3.float()
         success_B = batch["success_B"].float()
         verdict_loss = F.binary_cross_entropy_with_logits(logit_B, success_B)
         target_B3 = (batch["position_B3"] - self.judge.position_mean) / self.judge.position_std
@@ -281,6 +284,7 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
         warmup_steps=50,
         decay_fraction=0.4,
         ema_decay=0.995,
+        precision="bf16",
         checkpoint=Every(minutes=2),
         evaluation=Every(minutes=2),
         seed=config.seed,
