@@ -146,7 +146,7 @@ class LearnedWorld:
         self.image_size = self.tokenizer.image_size
         self.action_size = self.domain.action_dim * self.domain.stride
         self.window = 1 if self.judge is None else self.judge.window
-        bank = checkpoint.starts
+        bank = checkpoint.starts.of_domain(self._domain_index)
         if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
             raise CheckpointError(
                 f"checkpoint {checkpoint.name!r}: its starts must be images of {self.image_size} pixels with "

@@ -145,13 +145,13 @@ class ModulationBank(nn.Module):
 
     def forward(self, action_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, L, M, D)."""
-        y: Tensor
         if self.hidden is None or self.hidden_bias is None:
             y = F.silu(action_BTD) @ self.out[0]
         else:
             hidden = F.silu(torch.einsum("btd,lde->btle", action_BTD, self.hidden) + self.hidden_bias)
             y = torch.einsum("btle,lef->btlf", hidden, self.out).flatten(2)
-        return (y + self.bias).unflatten(-1, self.shape)
+        modulation: Tensor = (y + self.bias).unflatten(-1, self.shape)
+        return modulation
 
 
 class DomainAdapter(nn.Module):
@@ -162,7 +162,6 @@ class DomainAdapter(nn.Module):
         self.domain = domain
         width = config.trunk.width
         self.action_size = domain.action_dim * domain.stride
-        self.action_tokens = config.action_tokens
         for name in ("action_mean", "action_std", "state_mean", "state_std", "delta_std", "target_mean", "target_std"):
             self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
         first, second = nn.Linear(max(self.action_size, 1), width), nn.Linear(width, width)
@@ -174,7 +173,6 @@ class DomainAdapter(nn.Module):
         self.stem = nn.Sequential(first, nn.SiLU(), second)
         self.no_action = nn.Parameter(torch.zeros(width))
         self.modulation = ModulationBank(config.trunk)
-        self.action_in = nn.Linear(width, config.action_tokens * width) if config.action_tokens else None
         self.state_in = nn.Linear(max(domain.state_dim, 1), width)
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
         self.action_out = nn.Linear(width, max(self.action_size, 1))
@@ -188,8 +186,6 @@ class DomainAdapter(nn.Module):
         weights = [weight_of(self.stem[2]), self.modulation.out]
         if self.modulation.hidden is not None:
             weights.append(self.modulation.hidden)
-        if self.action_in is not None:
-            weights.append(weight_of(self.action_in))
         return weights
 
     def readouts(self) -> list[nn.Parameter]:
@@ -361,9 +357,9 @@ class Dynamics(nn.Module):
         for adapter, rows in self._groups(domain_B):
             action = adapter.embed_action(actions_BTA[rows, :, : adapter.action_size], given_BT[rows])
             extra = adapter.embed_state(agent_pos_BTP[rows, :, : adapter.domain.state_dim])[:, :, None]
-            if adapter.action_in is not None:
-                tokens = adapter.action_in(action).unflatten(-1, (self.config.action_tokens, -1))
-                extra = torch.cat((extra, tokens), dim=2)
+            if self.config.action_tokens:  # alike but for their position embedding, as in the paper
+                tokens = action[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
+                extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
             parts.append((rows, adapter.modulation(action), extra))
         if len(parts) == 1:
             return parts[0][1], parts[0][2]

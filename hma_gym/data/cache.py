@@ -1,0 +1,250 @@
+"""Caches for training: an image dataset once turned into tokens, or into JPEGs small enough to copy to another machine.
+
+A token cache is one HDF5 file of flat arrays over all frames F of N episodes, so that a training window is a slice:
+``tokens`` (F, S, C) float16 or (F, S) int32, ``actions`` (F, A), ``agent_pos`` (F, P), ``targets`` (F, X),
+``starts`` (N + 1), ``split`` (N) and ``category``, ``success`` (N). Row f's action leads to row f + 1 of its episode.
+
+Shape legend: F frames of all episodes, N episodes, T frames of one, S tokens of a frame, C channels, A action dims,
+P agent_pos dims, X privileged target dims.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from hma_gym.data.episodes import Episode
+from hma_gym.data.robomimic_hdf5 import Dataset, storage_errors
+from hma_gym.domains import Domain
+from hma_gym.errors import DatasetError
+
+SPLITS = ("train", "valid", "test")
+
+#: observation keys that hold the privileged targets, and the slice of them; the first key present is used.
+TARGET_KEYS = (("object", slice(0, 3)),)
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A token cache in memory. Attributes are the arrays of the module's docstring; ``split`` holds indices into
+    :data:`SPLITS`, and ``category`` strings ("" where the data has none); ``tokenizer`` is a digest of the tokenizer's
+    weights ("" where unknown)."""
+
+    tokens: NDArray[Any]
+    actions_FA: NDArray[np.float32]
+    agent_pos_FP: NDArray[np.float32]
+    targets_FX: NDArray[np.float32]
+    starts_N1: NDArray[np.int64]
+    split_N: NDArray[np.int64]
+    success_N: NDArray[np.bool_]
+    category_N: tuple[str, ...]
+    domain: str = ""
+    tokenizer: str = ""
+
+    def __len__(self) -> int:
+        return len(self.starts_N1) - 1
+
+    def episodes(self, split: str) -> NDArray[np.int64]:
+        """Positions of the episodes of a split."""
+        return np.flatnonzero(self.split_N == SPLITS.index(split))
+
+    def rows(self, episode: int) -> slice:
+        """The frames of one episode."""
+        return slice(int(self.starts_N1[episode]), int(self.starts_N1[episode + 1]))
+
+    def make_domain(self, name: str, *, stride: int, control_hz: float, image_size: tuple[int, int]) -> Domain:
+        """A domain with the statistics of this cache's training episodes.
+
+        Action bounds are -1 and 1, or the extremes in the data where these lie outside. Changes of agent_pos are over
+        ``stride`` steps.
+
+        Raises:
+            DatasetError: no training episode is longer than ``stride``.
+        """
+        episodes = [self.rows(int(n)) for n in self.episodes("train")]
+        changes = [self.agent_pos_FP[r][stride:] - self.agent_pos_FP[r][:-stride] for r in episodes]
+        if not sum(map(len, changes)):
+            raise DatasetError(
+                f"domain {name!r}: no training episode is longer than a stride of {stride} steps (of {len(episodes)}); "
+                "record longer or more episodes."
+            )
+        rows = np.concatenate([np.arange(r.start, r.stop) for r in episodes])
+        actions = self.actions_FA[rows]
+        return Domain.from_statistics(
+            name,
+            actions_FA=actions,
+            agent_pos_FP=self.agent_pos_FP[rows] if self.agent_pos_FP.shape[1] else None,
+            deltas_FP=np.concatenate(changes) if self.agent_pos_FP.shape[1] else None,
+            targets_FX=self.targets_FX[rows] if self.targets_FX.shape[1] else None,
+            action_low=tuple(np.minimum(actions.min(axis=0), -1.0).tolist()),
+            action_high=tuple(np.maximum(actions.max(axis=0), 1.0).tolist()),
+            stride=stride,
+            control_hz=control_hz,
+            image_size=image_size,
+        )
+
+    def change_scale(self, stride: int = 1) -> float:
+        """Root mean square of a soft token's change in ``stride`` steps, in the first 200 training episodes."""
+        total, count = 0.0, 0
+        for n in self.episodes("train")[:200]:
+            tokens = self.tokens[self.rows(n)].astype(np.float32)
+            change = tokens[stride:] - tokens[:-stride]
+            total, count = total + float(np.square(change).sum()), count + change.size
+        return float(np.sqrt(total / max(count, 1)))
+
+    def save(self, path: str | Path) -> Path:
+        """Write atomically; :func:`load_token_cache` reads it. Raises :class:`StorageError`."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(temporary, "w") as file:
+                file.attrs["hma_gym_token_cache"] = 1
+                file.attrs["domain"], file.attrs["tokenizer"] = self.domain, self.tokenizer
+                file["tokens"] = self.tokens
+                file["actions"], file["agent_pos"] = self.actions_FA, self.agent_pos_FP
+                file["targets"], file["starts"] = self.targets_FX, self.starts_N1
+                file["split"], file["success"] = self.split_N, self.success_N
+                file.create_dataset("category", data=list(self.category_N), dtype=h5py.string_dtype())
+            os.replace(temporary, path)
+        return path
+
+
+def load_token_cache(path: str | Path) -> TokenCache:
+    """Read a token cache into memory. Raises :class:`DatasetError` where the file is not one, or is damaged."""
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as file:
+            if "hma_gym_token_cache" not in file.attrs:
+                raise DatasetError(f"{str(path)!r} is no token cache; write one with: hma-gym train dynamics.")
+            return TokenCache(
+                tokens=file["tokens"][()],
+                actions_FA=file["actions"][()],
+                agent_pos_FP=file["agent_pos"][()],
+                targets_FX=file["targets"][()],
+                starts_N1=file["starts"][()],
+                split_N=file["split"][()],
+                success_N=file["success"][()],
+                category_N=tuple(file["category"].asstr()[()]),
+                domain=str(file.attrs["domain"]),
+                tokenizer=str(file.attrs.get("tokenizer", "")),
+            )
+    except (OSError, KeyError) as error:
+        raise DatasetError(
+            f"{str(path)!r} must be a readable token cache, got: {error}; delete it to make it anew."
+        ) from error
+
+
+def targets_of(episode: Episode) -> NDArray[np.float32]:
+    """The privileged targets of an episode, (T, X): the object's position where the data has it, else X = 0."""
+    for key, columns in TARGET_KEYS:
+        if key in episode.obs:
+            return np.ascontiguousarray(episode.obs[key][:, columns], dtype=np.float32)
+    return np.zeros((len(episode), 0), np.float32)
+
+
+def build_token_cache(
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    domain: str = "",
+    tokenizer: str = "",
+    previous: TokenCache | None = None,
+    progress: bool = True,
+) -> TokenCache:
+    """Encode all frames of a dataset.
+
+    Args:
+        encode: a tokenizer's ``encode``: (T, H, W, 3) uint8 to tokens.
+        domain, tokenizer: the domain's name and the tokenizer's digest, kept with the cache.
+        previous: a cache of the first episodes of the same dataset, taken over as it is.
+        progress: show a progress bar.
+    """
+    parts: dict[str, list[Any]] = {k: [] for k in ("tokens", "actions", "agent_pos", "targets")}
+    lengths: list[int] = []
+    split: list[int] = []
+    members = {name: set(dataset.split(name)) if name in dataset.masks else set() for name in SPLITS}
+    done = 0
+    if previous is not None:
+        done = len(previous)
+        parts = {
+            "tokens": [previous.tokens],
+            "actions": [previous.actions_FA],
+            "agent_pos": [previous.agent_pos_FP],
+            "targets": [previous.targets_FX],
+        }
+        lengths, split = np.diff(previous.starts_N1).tolist(), previous.split_N.tolist()
+    for n in tqdm(range(done, len(dataset)), desc="encoding frames", unit="episode", disable=not progress):
+        episode = dataset[n]
+        tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
+        parts["tokens"].append(tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32))
+        parts["actions"].append(episode.actions_TA.astype(np.float32))
+        parts["agent_pos"].append(episode.agent_pos_TP.astype(np.float32))
+        parts["targets"].append(targets_of(episode))
+        lengths.append(len(episode))
+        split.append(next((i for i, name in enumerate(SPLITS) if n in members[name]), 0))
+    return TokenCache(
+        tokens=np.concatenate(parts["tokens"]),
+        actions_FA=np.concatenate(parts["actions"]),
+        agent_pos_FP=np.concatenate(parts["agent_pos"]),
+        targets_FX=np.concatenate(parts["targets"]),
+        starts_N1=np.cumsum([0, *lengths]),
+        split_N=np.array(split, dtype=np.int64),
+        success_N=np.array([bool(v) for v in dataset.column("success")]),
+        category_N=tuple(str(v or "") for v in dataset.column("category")),
+        domain=domain,
+        tokenizer=tokenizer,
+    )
+
+
+def write_frame_pack(path: str | Path, frames: Sequence[NDArray[np.uint8]], quality: int = 95) -> Path:
+    """Pack the frames of episodes as JPEGs into one HDF5 file, to train a tokenizer on another machine.
+
+    Args:
+        frames: one (T, H, W, 3) uint8 array an episode.
+        quality: JPEG quality, 1 to 100.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    blobs: list[NDArray[np.uint8]] = []
+    for frame in (frame for episode in frames for frame in episode):
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, format="JPEG", quality=quality, subsampling=0)
+        blobs.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    with storage_errors(path):
+        with h5py.File(temporary, "w") as file:
+            file.attrs["hma_gym_frame_pack"] = 1
+            file["bytes"] = np.concatenate(blobs)
+            file["ends"] = np.cumsum([len(blob) for blob in blobs])
+            file["starts"] = np.cumsum([0, *(len(episode) for episode in frames)])
+        os.replace(temporary, path)
+    return path
+
+
+def read_frame_pack(path: str | Path) -> list[NDArray[np.uint8]]:
+    """The frames that :func:`write_frame_pack` packed, one (T, H, W, 3) uint8 array an episode."""
+    from PIL import Image
+
+    try:
+        with h5py.File(path, "r") as file:
+            if "hma_gym_frame_pack" not in file.attrs:
+                raise DatasetError(f"{str(path)!r} is no frame pack; write one with write_frame_pack.")
+            data, ends, starts = file["bytes"][()], file["ends"][()], file["starts"][()]
+    except (OSError, KeyError) as error:
+        raise DatasetError(f"{str(path)!r} must be a readable frame pack, got: {error}.") from error
+    begins = np.concatenate(([0], ends[:-1]))
+    frames = [np.asarray(Image.open(io.BytesIO(data[a:b].tobytes()))) for a, b in zip(begins, ends, strict=True)]
+    return [np.stack(frames[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]

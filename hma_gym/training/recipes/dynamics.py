@@ -1,0 +1,424 @@
+"""Recipes that train the dynamics model on a dataset of episodes, and make a checkpoint of it.
+
+    hma-gym train dynamics --data lift.hdf5 --tokenizer runs/soft/tokenizer --out runs/dynamics --minutes 60
+
+Frames are encoded once into ``<out>/<name>.tokens.h5`` (see :mod:`hma_gym.data.cache`). Two CPU cores, bf16,
+Muon for the hidden matrices. The scores to expect are in each recipe's docstring.
+
+Shape legend: B rows, T transitions, S tokens, P agent_pos dims, X target dims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hma_gym.data.cache import TokenCache, build_token_cache, load_token_cache
+from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
+from hma_gym.data.windows import ClipBatches, ClipConfig
+from hma_gym.domains import Domain
+from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, checkpoint_folder, save_checkpoint, start_bank
+from hma_gym.dynamics.mar import FlowHeadConfig
+from hma_gym.dynamics.maskgit import MaskGITHeadConfig
+from hma_gym.dynamics.model import Dynamics, DynamicsConfig
+from hma_gym.dynamics.sizes import named_trunk
+from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
+from hma_gym.judges.classifier import load_judge
+from hma_gym.tokenizers.files import load_tokenizer
+from hma_gym.tokenizers.protocol import Tokenizer
+from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
+from hma_gym.training.mixture import mixture_probabilities
+
+#: Lift succeeds where the cube's centre is more than 4 cm above the table top at 0.8 m (robosuite's predicate).
+LIFT_HEIGHT = 0.84
+
+
+@dataclass(frozen=True)
+class DynamicsOptions:
+    """Options of ``hma-gym train dynamics``; everything else is the recipe's.
+
+    Attributes:
+        data: robomimic HDF5 files with images (or ``.parts`` folders), one a domain.
+        tokenizer: folder of a trained tokenizer; its kind decides whether the model is soft or discrete.
+        out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
+        names: names of the domains, one a file; by default the files' stems.
+        judge: folder of a trained classifier judge to put into the checkpoint.
+        init: a run's folder or a checkpoint to start from (same shapes), instead of random weights.
+        task: key of the task that the checkpoint is for; "" for your own robot.
+        size: named size of the trunk, see :data:`hma_gym.dynamics.sizes.TRUNKS`.
+        minutes: length of the training.
+        steps: length in steps, in place of minutes (then a resumed run is exact).
+        max_minutes: stop this session, saved, before so many minutes are over; call again to go on.
+        batch_size, frames: clips a step, and transitions a clip.
+        rollout_share, rollout_max: share of batches that see the model's own rollouts, and their longest length.
+        action_mask: share of rows whose actions are hidden (passive, policy and full dynamics).
+        stride: environment steps per model step.
+        lr, muon_lr: peak learning rates.
+        decay_fraction: share of the run in which the learning rate goes down to 0.
+        starts: how many start frames the checkpoint gets, from held-out (test) episodes where there are some.
+        starts_data: another dataset to take the starts from, e.g. one recorded for evaluation only.
+        compile: compile the loss.
+        device: ``cpu`` or ``cuda``.
+        seed: of everything random.
+    """
+
+    data: tuple[Path, ...]
+    tokenizer: Path
+    out: Path
+    names: tuple[str, ...] = ()
+    judge: Path | None = None
+    init: Path | None = None
+    task: str = ""
+    size: Literal["toy", "lift", "small"] = "lift"
+    minutes: float = 60.0
+    steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 8
+    frames: int = 16
+    rollout_share: float = 0.0
+    rollout_max: int = 32
+    action_mask: float = 0.03
+    stride: int = 1
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    decay_fraction: float = 0.3
+    starts: int = 200
+    starts_data: Path | None = None
+    compile: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InvalidArgument("data must name one or more dataset files, got none.")
+        if self.names and len(self.names) != len(self.data):
+            raise InvalidArgument(
+                f"names must be one a dataset, got {len(self.names)} names for {len(self.data)} datasets."
+            )
+        if self.starts < 1:
+            raise InvalidArgument(f"starts must be 1 or more, got {self.starts}.")
+
+
+def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale: float) -> DynamicsConfig:
+    """The model of a recipe, for either kind of token; 2 x 2 tokens share a trunk position, as the paper's."""
+    head: FlowHeadConfig | MaskGITHeadConfig
+    if tokenizer.kind == "soft":
+        head = FlowHeadConfig(grid=tokenizer.grid, channels=tokenizer.channels, patch=2, change_scale=change_scale)
+    else:
+        head = MaskGITHeadConfig(grid=tokenizer.grid, vocabulary=tokenizer.vocabulary, patch=2)
+    return DynamicsConfig(
+        trunk=named_trunk(options.size),
+        head=head,
+        mask_full=0.9 if tokenizer.kind == "soft" else 0.6,
+        rollout_share=options.rollout_share,
+        rollout_max=options.rollout_max,
+        action_mask=options.action_mask,
+    )
+
+
+def train_config(options: DynamicsOptions, model: DynamicsConfig) -> TrainConfig:
+    """The loop's configuration of a recipe."""
+    return TrainConfig(
+        out=options.out,
+        steps=options.steps,
+        schedule_minutes=None if options.steps is not None else options.minutes,
+        max_minutes=options.max_minutes,
+        optimizer=OptimizerConfig(name="muon", lr=options.lr, muon_lr=options.muon_lr, weight_decay=0.01),
+        warmup_steps=min(200, options.steps // 5 if options.steps else 200),
+        decay="wsd",
+        decay_fraction=options.decay_fraction,
+        ema_decay=0.998,
+        precision="bf16",
+        compile=options.compile,
+        device=options.device,
+        seed=options.seed,
+        evaluation=Every(minutes=8.0),
+        checkpoint=Every(minutes=4.0),
+        prefetch=4 if options.device.startswith("cuda") else 0,
+        recipe={
+            "dynamics": model.to_dict(),
+            "batch_size": options.batch_size,
+            "frames": options.frames,
+            "stride": options.stride,
+            "names": list(options.names),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class OpenLoopValidation:
+    """Validation while training: open loop from one frame under the true actions, against the decoded true tokens.
+
+    Attributes:
+        tokenizer: decodes.
+        caches, domains: where the episodes come from.
+        episodes: how many of each domain.
+        horizon: steps.
+        success: (column of the targets, threshold) that defines success from the privileged targets, or None.
+    """
+
+    tokenizer: Tokenizer
+    caches: Sequence[TokenCache]
+    domains: Sequence[Domain]
+    episodes: int = 32
+    horizon: int = 60
+    success: tuple[int, float] | None = None
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The scores by name, prefixed by the domain's where there are several.
+
+        ``psnr`` (mean over steps), ``psnr_last`` (last 10 steps), ``psnr_floor`` (the first frame copied),
+        ``delta_psnr`` (last frame, against 5 random action sequences), ``state_error`` (position in m, at the last
+        step), ``target_error``, and ``outcome`` (agreement of the outcome) and ``implied`` success minus the true one.
+        """
+        assert isinstance(model, Dynamics)
+        scores: dict[str, float] = {}
+        for index, (cache, domain) in enumerate(zip(self.caches, self.domains, strict=True)):
+            split = "valid" if len(cache.episodes("valid")) else "train"
+            room = np.diff(cache.starts_N1)
+            stride = domain.stride
+            chosen = [n for n in cache.episodes(split) if room[n] > stride][: self.episodes]
+            if not chosen:
+                raise DatasetError(
+                    f"no {split} episode of domain {domain.name!r} is longer than its stride of {stride} steps; "
+                    "record longer episodes, or move some to the filter key 'valid'."
+                )
+            horizon = min(self.horizon, *((int(room[n]) - 1) // stride for n in chosen))
+            first = np.array([cache.starts_N1[n] for n in chosen])
+            frames = first[:, None] + stride * np.arange(horizon + 1)
+            steps = first[:, None, None] + stride * np.arange(horizon)[:, None] + np.arange(stride)
+            tokens = torch.from_numpy(
+                cache.tokens[frames].astype(np.float32 if self.tokenizer.kind == "soft" else np.int64)
+            )
+            actions = torch.from_numpy(cache.actions_FA[steps].reshape(len(chosen), horizon, -1))
+            agent_pos, targets = cache.agent_pos_FP[frames], cache.targets_FX[frames]
+            device = next(model.parameters()).device
+            truth = self._decode(tokens)
+            shown, pos, found = self._rollout(model, tokens, actions, agent_pos, index, device, every=True)
+            curve = psnr(shown, truth[:, 1:]).mean(dim=0)
+            prefix = f"{domain.name}/" if len(self.domains) > 1 else ""
+            scores[f"{prefix}psnr"] = float(curve.mean())
+            scores[f"{prefix}psnr_last"] = float(curve[-10:].mean())
+            scores[f"{prefix}psnr_floor"] = float(psnr(truth[:, :1].expand_as(truth[:, 1:]), truth[:, 1:]).mean())
+            wrong = []
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(5):
+                random = torch.rand(actions.shape, generator=generator)
+                low = torch.tensor(domain.action_low).repeat(stride)
+                high = torch.tensor(domain.action_high).repeat(stride)
+                other, _, _ = self._rollout(
+                    model, tokens, low + random * (high - low), agent_pos, index, device, every=False
+                )
+                wrong.append(psnr(other[:, -1], truth[:, -1]).mean())
+            scores[f"{prefix}delta_psnr"] = float(curve[-1] - torch.stack(wrong).mean())
+            if domain.state_dim >= 3:
+                scores[f"{prefix}state_error"] = float(
+                    np.linalg.norm(pos[:, -1, :3] - agent_pos[:, -1, :3], axis=-1).mean()
+                )
+            if domain.target_dim:
+                scores[f"{prefix}target_error"] = float(np.linalg.norm(found - targets[:, 1:], axis=-1).mean())
+            if self.success is not None and domain.target_dim:
+                column, threshold = self.success
+                seen, true = found[:, -1, column] > threshold, targets[:, -1, column] > threshold
+                scores[f"{prefix}outcome"] = float((seen == true).mean())
+                scores[f"{prefix}implied"] = float(seen.mean() - true.mean())
+        return scores
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return torch.stack([self.tokenizer.decode(row) for row in tokens])
+
+    def _rollout(
+        self,
+        model: Dynamics,
+        tokens: Tensor,
+        actions: Tensor,
+        agent_pos: np.ndarray,
+        domain: int,
+        device: torch.device,
+        every: bool,
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Frames (B, T, H, W, 3) (only the last one unless ``every``), agent_pos and targets of all steps."""
+        B = len(tokens)
+        pos = np.zeros((B, model.state_size), np.float32)
+        pos[:, : agent_pos.shape[-1]] = agent_pos[:, 0]
+        padded = torch.zeros(B, actions.shape[1], model.action_size)
+        padded[..., : actions.shape[-1]] = actions
+        state = model.start(
+            tokens[:, 0].to(device),
+            torch.from_numpy(pos).to(device),
+            torch.arange(B, device=device),
+            domain=torch.full((B,), domain, device=device),
+        )
+        shown, states, targets = [], [], []
+        for t in range(actions.shape[1]):
+            state, out = model.step(state, padded[:, t].to(device), in_place=True)
+            if every or t == actions.shape[1] - 1:
+                shown.append(self.tokenizer.decode(out.tokens.cpu()))
+            states.append(out.agent_pos_BP.cpu().numpy()[:, : agent_pos.shape[-1]])
+            targets.append(out.targets_BX.cpu().numpy()[:, : self.domains[domain].target_dim])
+        return torch.stack(shown, dim=1), np.stack(states, axis=1), np.stack(targets, axis=1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (dB, peak 255) of uint8 frames over their last three dims."""
+    error = (a.float() - b.float()).square().mean(dim=(-3, -2, -1)).clamp(min=1e-2)
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: str) -> TokenCache:
+    """The token cache of a dataset at ``path``, made or brought up to date where episodes were added since.
+
+    Raises:
+        DatasetError: the cache is of another tokenizer or of a longer dataset.
+    """
+    previous = load_token_cache(path) if path.exists() else None
+    digest = tokenizer_digest(tokenizer)
+    if previous is not None and previous.tokenizer not in ("", digest):
+        raise DatasetError(
+            f"token cache {str(path)!r} was made with another tokenizer ({previous.tokenizer}, this one is {digest}); "
+            "delete it, or choose another out folder."
+        )
+    if previous is not None and len(previous) == len(dataset):
+        return previous
+    if previous is not None and len(previous) > len(dataset):
+        raise DatasetError(
+            f"token cache {str(path)!r} holds {len(previous)} episodes and the dataset {len(dataset)}: it belongs to "
+            "another dataset; delete it, or choose another out folder."
+        )
+    cache = build_token_cache(dataset, tokenizer.encode, domain=domain, tokenizer=digest, previous=previous)
+    cache.save(path)
+    return cache
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Tells one tokenizer's tokens from another's: 16 hexadecimal digits of a hash of its weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_initial(model: Dynamics, source: Path) -> None:
+    """Weights from a run's folder (its averaged weights) or from a checkpoint; shapes must agree."""
+    if (source / "saved").is_dir():
+        weights = saved_weights(source)
+    else:
+        weights = load_file(checkpoint_folder(source) / "dynamics.safetensors")
+    own = model.state_dict()
+    wrong = sorted(
+        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"init {str(source)!r} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
+            "start from a model of the same size, kind of token and domains."
+        )
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+
+
+def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
+    """First frames of held-out episodes, ``count`` of each domain (one dataset a domain, in the model's order)."""
+    frames, agent_pos, states, seeds, domains = [], [], [], [], []
+    for index, dataset in enumerate(datasets):
+        chosen = dataset.split("test") if dataset.masks.get("test") else list(range(len(dataset)))
+        for n in chosen[:count]:
+            episode = dataset[n]
+            frames.append(episode.images_THWC[0])
+            agent_pos.append(episode.agent_pos_TP[0])
+            states.append(episode.states_TS[0])
+            seed = episode.attrs.get("seed")
+            seeds.append(int(seed) if seed is not None else -1)
+            domains.append(index)
+    return start_bank(frames, agent_pos, states, seeds, domains)
+
+
+def train_dynamics(options: DynamicsOptions) -> TrainResult:
+    """Encode, train, and write ``<out>/checkpoint``. Interrupted, it saves; called again, it goes on."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    datasets = [open_dataset(path) for path in options.data]
+    names = options.names or tuple(path.name.split(".")[0] for path in options.data)
+    if len(set(names)) != len(names):
+        raise InvalidArgument(f"domains must have different names, got {list(names)}; give them with names.")
+    caches = [
+        cached_tokens(dataset, tokenizer, options.out / f"{name}.tokens.h5", name)
+        for dataset, name in zip(datasets, names, strict=True)
+    ]
+    height, width = tokenizer.image_size
+    domain_file = options.out / "domains.json"
+    if domain_file.exists():  # statistics are fixed at the start of a run, also where the dataset has grown since
+        domains = [Domain.from_dict(fields) for fields in json.loads(domain_file.read_text())]
+        if [domain.name for domain in domains] != list(names):
+            raise DatasetError(
+                f"{str(domain_file)!r} is of a run on the domains {[domain.name for domain in domains]}, got "
+                f"{list(names)}; give the same data and names, or another out folder."
+            )
+    else:
+        domains = [
+            cache.make_domain(
+                name,
+                stride=options.stride,
+                image_size=(height, width),
+                control_hz=float(dataset.env_args.get("env_kwargs", {}).get("control_freq", 20)),
+            )
+            for cache, dataset, name in zip(caches, datasets, names, strict=True)
+        ]
+        domain_file.parent.mkdir(parents=True, exist_ok=True)
+        domain_file.write_text(json.dumps([domain.to_dict() for domain in domains], indent=1))
+    model_file = options.out / "dynamics.json"
+    if model_file.exists():
+        scale = json.loads(model_file.read_text())["change_scale"]
+    else:
+        scale = round(caches[0].change_scale(options.stride), 4) if tokenizer.kind == "soft" else 1.0
+        model_file.write_text(json.dumps({"change_scale": scale}))
+    config = dynamics_config(options, tokenizer, scale)
+    torch.manual_seed(options.seed)
+    model = Dynamics(config, domains)
+    if options.init is not None:
+        load_initial(model, options.init)
+    lead_in = options.rollout_max if options.rollout_share > 0 else 0
+    clips = ClipConfig(options.batch_size, options.frames + lead_in, options.seed, margin=lead_in)
+    shares = mixture_probabilities({name: len(cache.tokens) for name, cache in zip(names, caches, strict=True)})
+    batches = ClipBatches(caches, domains, clips, mixture=list(shares.values()))
+    success = (2, LIFT_HEIGHT) if options.task == "lift" else None
+    validation = OpenLoopValidation(tokenizer, caches, domains, success=success)
+    loop = train_config(options, config)
+    result = train(model, batches, loop, evaluate=validation)
+    with result.ema.applied_to(model):
+        write_checkpoint(options, tokenizer, model, datasets, {**result.evaluation})
+    return result
+
+
+def write_checkpoint(
+    options: DynamicsOptions, tokenizer: Tokenizer, model: Dynamics, datasets: Sequence[Dataset], scores: dict[str, Any]
+) -> Path:
+    """The folder that ``gymnasium.make("HMA-v0", checkpoint=...)`` takes."""
+    sources = [open_dataset(options.starts_data), *datasets[1:]] if options.starts_data is not None else datasets
+    provenance = {
+        "recipe": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        "episodes": [len(dataset) for dataset in datasets],
+        "data": [dataset.info for dataset in datasets],
+        "validation": {k: v for k, v in scores.items() if math.isfinite(v)},
+    }
+    for key in ("data", "tokenizer", "out", "judge", "init", "starts_data"):  # folders of the machine it was trained on
+        provenance["recipe"].pop(key, None)
+    checkpoint = Checkpoint(
+        name=options.out.name,
+        task=options.task,
+        tokenizer=tokenizer,
+        dynamics=model,
+        judge=load_judge(options.judge) if options.judge is not None else None,
+        starts=make_starts(sources, options.starts),
+        provenance=provenance,
+    )
+    return save_checkpoint(checkpoint, options.out / "checkpoint")
