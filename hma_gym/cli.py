@@ -65,8 +65,20 @@ COMMANDS: dict[str, Command] = {
     "train tokenizer": Command(
         "train a tokenizer on a dataset", "hma_gym.training.recipes.tokenizer", "TokenizerOptions", "main"
     ),
+    "train dynamics": Command(
+        "train the learned simulator on datasets, one a domain, and write its checkpoint",
+        "hma_gym.training.recipes.dynamics",
+        "DynamicsOptions",
+        "train_dynamics",
+    ),
     "train judge": Command(
         "train the judge of success on a dataset", "hma_gym.training.judge", "JudgeTrainConfig", "train_judge"
+    ),
+    "demo": Command(
+        "compare the learned world with the true one: videos and a report",
+        "hma_gym.evaluation.demo",
+        "DemoConfig",
+        "demo",
     ),
 }
 BENCH = "bench"
