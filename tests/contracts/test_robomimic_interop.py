@@ -15,12 +15,7 @@ from hma_gym.robomimic_compat import import_robomimic, make_torchvision_importab
 
 EPISODES, ROWS = 12, 9
 
-pytestmark = [
-    pytest.mark.robomimic,
-    # robomimic calls torchvision's resnet18 by its old arguments.
-    pytest.mark.filterwarnings("ignore:The parameter 'pretrained' is deprecated:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning"),
-]
+pytestmark = pytest.mark.robomimic
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +134,8 @@ def test_behaviour_cloning_trains_two_epochs_through_robomimic_train(recorded, t
     config.observation.modalities.obs.low_dim = low_dim
     config.observation.modalities.obs.rgb = rgb
     config.observation.encoder.rgb.core_kwargs.feature_dimension = 8
+    config.observation.encoder.rgb.core_kwargs.backbone_class = "ShallowConv"
+    config.observation.encoder.rgb.core_kwargs.backbone_kwargs = {}
     config.algo.actor_layer_dims = (16,)
     config.lock()
 
