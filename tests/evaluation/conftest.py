@@ -11,7 +11,7 @@ import torch
 from hma_gym.data.episodes import Episode
 from hma_gym.data.robomimic_hdf5 import Dataset, EpisodeWriter, open_dataset
 from hma_gym.domains import Domain
-from hma_gym.dynamics.checkpoint import Checkpoint, start_bank
+from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, save_checkpoint, start_bank
 from hma_gym.dynamics.mar import FlowHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
@@ -61,8 +61,8 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(writer.merge())
 
 
-def tiny_checkpoint(kind: str, seed: int = 0) -> Checkpoint:
-    torch.manual_seed(seed)
+def tiny_checkpoint(kind: str, size: int = SIZE, starts: StartBank | None = None) -> Checkpoint:
+    torch.manual_seed(0)
     episode = toy_episode(0)
     domain = Domain.from_statistics(
         "lift",
@@ -70,17 +70,17 @@ def tiny_checkpoint(kind: str, seed: int = 0) -> Checkpoint:
         agent_pos_FP=episode.agent_pos_TP,
         deltas_FP=np.diff(episode.agent_pos_TP, axis=0),
         targets_FX=episode.obs["object"],
-        image_size=(SIZE, SIZE),
+        image_size=(size, size),
     )
     trunk = TrunkConfig(layers=2, width=16, heads=2, window=4)
     widths = {"encoder_widths": (4, 8, 8), "decoder_widths": (8, 8, 4), "decoder_blocks": (1, 0, 0)}
     if kind == "soft":
-        tokenizer: SoftTokenizer | VQTokenizer = SoftTokenizer(SoftConfig((SIZE, SIZE), **widths, channels=4))
+        tokenizer: SoftTokenizer | VQTokenizer = SoftTokenizer(SoftConfig((size, size), **widths, channels=4))
         head: FlowHeadConfig | MaskGITHeadConfig = FlowHeadConfig(
             grid=tokenizer.grid, channels=4, patch=1, flow_width=16, flow_layers=1
         )
     else:
-        tokenizer = VQTokenizer(VQConfig((SIZE, SIZE), **widths, levels=(4, 3), vocabulary=(12,)))
+        tokenizer = VQTokenizer(VQConfig((size, size), **widths, levels=(4, 3), vocabulary=(12,)))
         head = MaskGITHeadConfig(grid=tokenizer.grid, vocabulary=(12,))
     return Checkpoint(
         name="tiny",
@@ -88,9 +88,9 @@ def tiny_checkpoint(kind: str, seed: int = 0) -> Checkpoint:
         tokenizer=tokenizer.eval(),
         dynamics=Dynamics(DynamicsConfig(trunk=trunk, head=head), [domain]).eval(),
         judge=ClassifierJudge(
-            ClassifierConfig(window=2, image_size=(SIZE, SIZE), channels=(4, 4, 8), width=8, threshold=0.5)
+            ClassifierConfig(window=2, image_size=(size, size), channels=(4, 4, 8), width=8, threshold=0.5)
         ).eval(),
-        starts=start_bank([episode.images_THWC[0]], [episode.agent_pos_TP[0]]),
+        starts=starts or start_bank([episode.images_THWC[0]], [episode.agent_pos_TP[0]]),
     )
 
 
@@ -101,6 +101,22 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def soft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from hma_gym.dynamics.checkpoint import save_checkpoint
-
     return save_checkpoint(tiny_checkpoint("soft"), tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def lift_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained checkpoint for Lift at 64 x 64 whose two starts are MuJoCo's."""
+    from hma_gym.envs.ground_truth import GroundTruthEnv
+
+    env = GroundTruthEnv(obs_type="pixels_agent_pos")
+    frames, agent_pos, states = [], [], []
+    for seed in range(2):
+        observation, _ = env.reset(seed=seed)
+        assert isinstance(observation, dict)
+        frames.append(observation["pixels"])
+        agent_pos.append(observation["agent_pos"])
+        states.append(env.simulation.flattened_state())
+    env.close()
+    starts = start_bank(frames, agent_pos, states, seeds=[0, 1])
+    return save_checkpoint(tiny_checkpoint("soft", 64, starts), tmp_path_factory.mktemp("lift") / "tiny-lift")
