@@ -248,12 +248,13 @@ class SpaceTimeTransformer(nn.Module):
         if commit and not in_place:
             keys, values = keys.clone(), values.clone()
         rows = torch.arange(B, device=x_BTND.device)[:, None]
-        slots = torch.remainder(position_BT[:, :commit], config.window)
+        new = slice(max(commit - config.window, 0), commit)  # more frames than slots: the last ones stay
+        slots = torch.remainder(position_BT[:, new], config.window)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             past = (cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer])
             x_BTND, k, v = block.extend(x_BTND, modulation_BTLMD[:, :, layer], rotary, past, mask_BTS)
             if commit:
-                keys[rows, layer, slots] = k[:, :commit].to(keys.dtype)
-                values[rows, layer, slots] = v[:, :commit].to(values.dtype)
+                keys[rows, layer, slots] = k[:, new].to(keys.dtype)
+                values[rows, layer, slots] = v[:, new].to(values.dtype)
         return x_BTND, Cache(keys, values, cache.step_B + commit)
