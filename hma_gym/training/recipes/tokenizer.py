@@ -25,7 +25,7 @@ from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.nn.parameters import ParameterGroup
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
 from hma_gym.tokenizers.conv import ConvTokenizer
-from hma_gym.tokenizers.files import save_tokenizer
+from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.tokenizers.loss import LossConfig, pixel_weights, reconstruction_loss
 from hma_gym.tokenizers.quality import measure_quality
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, train
@@ -43,24 +43,34 @@ class TokenizerRecipe:
         loss: see :class:`hma_gym.tokenizers.loss.LossConfig`.
         train: the loop's configuration; ``train.out`` is the run's folder, the result goes to ``<out>/tokenizer``.
         batch_size: frames a step.
-        episodes: how many training episodes are read into memory, spread over the dataset; T * H * W * 3 bytes each.
-        validation_episodes: how many validation episodes are measured.
+        episodes: how many training episodes are read into memory, spread over a dataset; T * H * W * 3 bytes each.
+        validation_episodes: how many validation episodes of a dataset are measured.
         batch_seed: of the frames drawn.
+        more_data: further files (other robots or scenes) with images of the same size.
+        start: a tokenizer's folder to start from: all of it where the configs agree, else (soft to vq, say) the
+            tensors of the same name and shape. Its background stays the reference.
+        decoder_only: keep the encoder, and so the tokens, exactly as in ``start``: frames get better, and what was
+            trained on the tokens stays valid.
     """
 
     data: Path
     tokenizer: SoftConfig | VQConfig
     loss: LossConfig
     train: TrainConfig
-    batch_size: int = 32
+    batch_size: int = 16
     episodes: int = 400
     validation_episodes: int = 8
     batch_seed: int = 0
+    more_data: tuple[Path, ...] = ()
+    start: Path | None = None
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "episodes", "validation_episodes"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.decoder_only and self.start is None:
+            raise InvalidArgument("decoder_only keeps the encoder of another tokenizer; name its folder with start")
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,9 @@ class TokenizerOptions:
         episodes: training episodes read into memory.
         device: ``cpu`` or ``cuda``.
         seed: of everything random.
+        more_data: further files (other robots or scenes) with images of the same size.
+        start: folder of a tokenizer to start from, of either kind.
+        decoder_only: train the decoder alone: the tokens stay those of ``start``.
     """
 
     data: Path
@@ -90,10 +103,17 @@ class TokenizerOptions:
     episodes: int = 400
     device: str = "cpu"
     seed: int = 0
+    more_data: tuple[Path, ...] = ()
+    start: Path | None = None
+    decoder_only: bool = False
 
 
 def soft_recipe(options: TokenizerOptions) -> TokenizerRecipe:
-    """Soft tokens, 8 channels, 8 x 8 for 64 x 64 frames."""
+    """Soft tokens, 8 channels, 8 x 8 for 64 x 64 frames.
+
+    Lift, 230 episodes, one CPU core (AVX-512 bf16, 11 steps/s): 31 dB after 1800 steps, 34 dB after 7000 more
+    (11 minutes); foreground 24.7 dB, cube 24.7 dB.
+    """
     return _recipe(options, SoftConfig(image_size=options.image_size))
 
 
@@ -113,6 +133,9 @@ def _recipe(options: TokenizerOptions, tokenizer: SoftConfig | VQConfig) -> Toke
         loss=loss,
         episodes=options.episodes,
         batch_seed=options.seed,
+        more_data=options.more_data,
+        start=options.start,
+        decoder_only=options.decoder_only,
         train=TrainConfig(
             out=options.out,
             steps=options.steps,
@@ -124,11 +147,12 @@ def _recipe(options: TokenizerOptions, tokenizer: SoftConfig | VQConfig) -> Toke
             precision="bf16",
             device=options.device,
             seed=options.seed,
-            evaluation=Every(minutes=2.0),
+            evaluation=Every(minutes=4.0),
             recipe={
                 "tokenizer": tokenizer.to_dict(),
                 "loss": dataclasses.asdict(loss),
                 "episodes": options.episodes,
+                "decoder_only": options.decoder_only,
             },
         ),
     )
@@ -157,8 +181,9 @@ class TokenizerTraining(nn.Module):
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Kernels with weight decay; biases, norms, the background and the position map without."""
         kept = {id(self.tokenizer.background), id(self.tokenizer.decoder.position)}
-        decayed = [p for p in self.parameters() if p.ndim >= 2 and id(p) not in kept]
-        plain = [p for p in self.parameters() if p.ndim < 2 or id(p) in kept]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2 and id(p) not in kept]
+        plain = [p for p in trained if p.ndim < 2 or id(p) in kept]
         return [ParameterGroup("kernels", decayed), ParameterGroup("plain", plain, weight_decay_multiplier=0.0)]
 
 
@@ -233,6 +258,34 @@ def new_tokenizer(config: SoftConfig | VQConfig, background_HWC: NDArray[np.uint
     return VQTokenizer(config, background)
 
 
+def initial_tokenizer(recipe: TokenizerRecipe, images: Sequence[NDArray[np.uint8]]) -> SoftTokenizer | VQTokenizer:
+    """What training starts from: fresh weights over the images' median frame, or those of ``recipe.start``.
+
+    Raises InvalidArgument where ``start`` is no convolutional tokenizer, or ``decoder_only`` does not fit it.
+    """
+    if recipe.start is None:
+        return new_tokenizer(recipe.tokenizer, median_frame(images))
+    source = load_tokenizer(recipe.start)
+    if not isinstance(source, (SoftTokenizer, VQTokenizer)) or source.image_size != recipe.tokenizer.image_size:
+        raise InvalidArgument(
+            f"start must be a soft or vq tokenizer for images of {recipe.tokenizer.image_size}, got {source.kind} for "
+            f"{source.image_size} in {recipe.start}; leave start out to train from scratch"
+        )
+    if source.config == recipe.tokenizer:
+        source.encoder.requires_grad_(not recipe.decoder_only)
+        return source
+    if recipe.decoder_only:
+        raise InvalidArgument(
+            f"decoder_only needs a start with the same config, got {source.config} in {recipe.start} "
+            f"for {recipe.tokenizer}; train the whole tokenizer"
+        )
+    tokenizer = new_tokenizer(recipe.tokenizer, source.to_frames(source.reference_3HW[None])[0].numpy())
+    own = tokenizer.state_dict()
+    shared = {k: v for k, v in source.state_dict().items() if k in own and own[k].shape == v.shape}
+    tokenizer.load_state_dict({**own, **shared})
+    return tokenizer
+
+
 def train_tokenizer(recipe: TokenizerRecipe) -> tuple[Path, TrainResult, dict[str, float]]:
     """Trains, measures and saves a tokenizer; resumable as the loop is.
 
@@ -240,28 +293,22 @@ def train_tokenizer(recipe: TokenizerRecipe) -> tuple[Path, TrainResult, dict[st
         The saved tokenizer's folder, the loop's result, and the figures on validation episodes.
     """
     size = recipe.tokenizer.image_size
-    images = read_frames(recipe.data, "train", recipe.episodes, size)
-    held_out = [torch.from_numpy(x) for x in read_frames(recipe.data, "valid", recipe.validation_episodes, size)]
-    background_HWC = median_frame(images)
+    files = (recipe.data, *recipe.more_data)
+    images = [x for file in files for x in read_frames(file, "train", recipe.episodes, size)]
+    valid = [x for file in files for x in read_frames(file, "valid", recipe.validation_episodes, size)]
+    held_out = [torch.from_numpy(x) for x in valid]
+    sample_BHWC = np.concatenate([x[:: max(1, len(x) // 8)] for x in images[:: max(1, len(images) // 128)]])
     torch.manual_seed(recipe.train.seed)
-    tokenizer = new_tokenizer(recipe.tokenizer, background_HWC)
+    tokenizer = initial_tokenizer(recipe, images)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = TokenizerTraining(tokenizer, recipe.loss)
 
-    def finish() -> None:
-        if isinstance(tokenizer, SoftTokenizer):
-            sample = np.concatenate([x[:: max(1, len(x) // 8)] for x in images[:256]])
-            tokenizer.set_statistics(torch.from_numpy(sample).to(tokenizer.background.device))
-
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-        finish()
         device = tokenizer.background.device
-        return measure_quality(
-            tokenizer,
-            [x.to(device) for x in held_out],
-            torch.from_numpy(background_HWC).to(device),
-            recipe.loss.focus_colour,
-        )
+        if isinstance(tokenizer, SoftTokenizer) and not recipe.decoder_only:
+            tokenizer.set_statistics(torch.from_numpy(sample_BHWC).to(device))
+        background_HWC = tokenizer.to_frames(tokenizer.reference_3HW[None])[0]
+        return measure_quality(tokenizer, [x.to(device) for x in held_out], background_HWC, recipe.loss.focus_colour)
 
     batches = FrameBatches(images, recipe.batch_size, recipe.batch_seed)
     result = train(model, batches, recipe.train, evaluate)
