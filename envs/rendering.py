@@ -60,7 +60,10 @@ def _make_context(size: int) -> Any:
             f"MUJOCO_GL must be one of {sorted(modules)}, got {backend!r}; unset it to render without a display (egl)."
         )
     try:
-        context = require(modules[backend], extra="sim", purpose="rendering").GLContext(size, size)
+        kind = require(modules[backend], extra="sim", purpose="rendering").GLContext
+        context = kind.__new__(kind)
+        context._context = None  # else its __del__ complains on stderr where __init__ fails
+        context.__init__(size, size)
         context.make_current()
     except MissingExtra:
         raise

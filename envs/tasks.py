@@ -24,6 +24,8 @@ class Task:
         control_hz: actions per second.
         horizon: ``max_episode_steps`` of the registered ids.
         object_body: MuJoCo body of the object that scripted policies and info["privileged"] are about.
+        scripted: whether the scripted policies solve it, so that ``hma-gym collect`` can record it. For another task,
+            import demonstrations.
         checkpoint: name of the default learned checkpoint, or ``None`` where none exists yet.
         action_dim: A, dims of an action: 3 translation, 3 rotation, 1 gripper (-1 opens, +1 closes).
         agent_pos_dim: P, dims of agent_pos: eef position 3 m, quaternion 4 xyzw, gripper fingers 2 m.
@@ -34,6 +36,7 @@ class Task:
     robosuite_env: str
     object_body: str
     checkpoint: str | None
+    scripted: bool = False
     robot: str = "Panda"
     camera: str = "agentview"
     control_hz: int = 20
@@ -45,7 +48,7 @@ class Task:
 TASKS: dict[str, Task] = {
     task.key: task
     for task in (
-        Task("lift", "Lift", "Lift", object_body="cube_main", checkpoint="lift-64"),
+        Task("lift", "Lift", "Lift", object_body="cube_main", checkpoint="lift-64", scripted=True),
         Task("stack", "Stack", "Stack", object_body="cubeA_main", checkpoint=None, horizon=160),
     )
 }

@@ -8,17 +8,19 @@ collection goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from hma_gym.data.episodes import Episode, agent_pos_from_obs
@@ -70,7 +72,7 @@ class CollectConfig:
         seed: with the episode's number it decides everything in an episode.
         steps: T, rows per episode.
         image_size: height and width of the images in pixels.
-        mixture: which policies, in which shares.
+        mixture: which policies, in which shares (not a command-line option).
     """
 
     out: Path
@@ -80,10 +82,14 @@ class CollectConfig:
     seed: int = 0
     steps: int = 64
     image_size: int = 64
-    mixture: tuple[Ingredient, ...] = DEFAULT_MIXTURE
+    mixture: Annotated[tuple[Ingredient, ...], tyro.conf.Suppress] = DEFAULT_MIXTURE
 
     def __post_init__(self) -> None:
-        get_task(self.task)
+        if not get_task(self.task).scripted:
+            raise InvalidArgument(
+                f"task {self.task!r} has no scripted policy to record; "
+                "import demonstrations of it with: hma-gym data import FILE"
+            )
         for name, low in (("episodes", 1), ("workers", 1), ("seed", 0), ("steps", 2), ("image_size", 8)):
             value = getattr(self, name)
             if value < low:
@@ -162,81 +168,107 @@ def record_episode(simulation: Simulation, config: CollectConfig, index: int) ->
     )
 
 
-def collect(config: CollectConfig, *, progress: bool = True, merge: bool = True) -> Path:
+def collect(config: CollectConfig, *, progress: bool = True) -> Path:
     """Record the episodes that are still missing, then make the file; returns its path.
 
-    Killed at any moment it loses at most the running episodes; the same call again goes on.
+    Killed at any moment it loses at most the running episodes; the same call again goes on. A file that is
+    finished is extended when more episodes are asked for.
 
     Args:
         config: what to record.
         progress: show a progress bar on stderr.
-        merge: make one file of the finished episodes at the end (else they stay in ``OUT.parts``).
 
     Raises:
         StorageError: the folder cannot be written or the disk is full.
         ResumeError: the file or its parts were recorded with another configuration.
         MissingExtra, RenderingUnavailable: the simulation cannot run here.
     """
-    done = _finished(config)
-    missing = [index for index in range(config.episodes) if index not in done]
-    if config.out.exists() and not missing:
-        return config.out
-    # The first simulation is built here: what this machine lacks is said once, and before any worker starts.
-    simulation = Simulation(get_task(config.task))
-    env_args = simulation.env_args
-    writer = _writer(config, env_args)
+    # First of all, so that an unwritable folder or a foreign file is said before anything is simulated.
+    writer = _make_writer(config, {})
+    done = writer.finished()
+    missing = sorted(set(range(config.episodes)) - set(done))
     outcomes: Counter[str] = Counter()
-    start = time.monotonic()
-    with tqdm(total=config.episodes, initial=len(done), desc="collect", unit="episode", disable=not progress) as bar:
-        for category in _run(config, env_args, missing, simulation):
+    began = time.monotonic()
+    record = _record_here if config.workers == 1 else _record_in_processes
+    with tqdm(total=len(done) + len(missing), initial=len(done), unit="episode", disable=not progress) as bar:
+        for category in record(config, missing):
             outcomes[category] += 1
             bar.update()
             bar.set_postfix(held=f"{outcomes['held'] / outcomes.total():.0%}", refresh=False)
     if progress and missing:
-        rate = len(missing) * config.steps / (time.monotonic() - start)
-        tqdm.write(f"{len(missing)} episodes, {rate:.0f} steps/s; " + json.dumps(dict(outcomes.most_common())))
-    return writer.merge() if merge else writer.parts
+        rate = len(missing) * config.steps / (time.monotonic() - began)
+        counts = ", ".join(f"{count} {category}" for category, count in outcomes.most_common())
+        tqdm.write(f"{len(missing)} episodes recorded at {rate:.0f} steps/s: {counts}")
+    return writer.merge()
 
 
-def _writer(config: CollectConfig, env_args: dict[str, Any]) -> EpisodeWriter:
+def _make_writer(config: CollectConfig, env_args: Mapping[str, Any]) -> EpisodeWriter:
     return EpisodeWriter(config.out, env_args=env_args, info={"collector": config.content()})
 
 
-def _finished(config: CollectConfig) -> set[int]:
-    return set(_writer(config, {}).finished())
+class _Recorder:
+    """One process's simulation and writer."""
+
+    def __init__(self, config: CollectConfig) -> None:
+        self.config = config
+        self.simulation = Simulation(get_task(config.task))
+        self.writer = _make_writer(config, self.simulation.env_args)
+
+    def record(self, index: int) -> str:
+        """Record one episode, put it on disk and return its category."""
+        episode = record_episode(self.simulation, self.config, index)
+        self.writer.write(index, episode)
+        return str(episode.attrs["category"])
 
 
-def _run(
-    config: CollectConfig, env_args: dict[str, Any], missing: Sequence[int], simulation: Simulation
-) -> Iterator[str]:
-    """Record ``missing``; yields each episode's category when it is on disk."""
-    if config.workers == 1:
-        writer = _writer(config, env_args)
-        for index in missing:
-            episode = record_episode(simulation, config, index)
-            writer.write(index, episode)
-            yield str(episode.attrs["category"])
-        simulation.close()
-        return
-    simulation.close()
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit a used OpenGL library
-    with context.Pool(config.workers, _start_worker, (config, env_args)) as pool:
-        yield from pool.imap_unordered(_work, missing)
+def _record_here(config: CollectConfig, missing: Sequence[int]) -> Iterator[str]:
+    """Record in this process; yields each episode's category when it is on disk."""
+    if missing:
+        recorder = _Recorder(config)
+        try:
+            yield from map(recorder.record, missing)
+        finally:
+            recorder.simulation.close()
 
 
-_worker: tuple[CollectConfig, EpisodeWriter, Simulation] | None = None
+_ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "LP")}  # LP is Mesa's llvmpipe
+_recorder: _Recorder | None = None  # in a worker process, from its first episode on
 
 
-def _start_worker(config: CollectConfig, env_args: dict[str, Any]) -> None:
-    global _worker
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
-        os.environ[name] = "1"
-    _worker = (config, _writer(config, env_args), Simulation(get_task(config.task)))
+def _record_in_processes(config: CollectConfig, missing: Sequence[int]) -> Iterator[str]:
+    """Record in ``config.workers`` processes; yields each episode's category when it is on disk."""
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit OpenGL in use
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(_ONE_THREAD)  # read by libraries as the workers load them
+    try:
+        with ProcessPoolExecutor(config.workers, context, _start_worker) as pool:
+            try:
+                for done in as_completed([pool.submit(_record_in_worker, config, index) for index in missing]):
+                    yield done.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _work(index: int) -> str:
-    assert _worker is not None
-    config, writer, simulation = _worker
-    episode = record_episode(simulation, config, index)
-    writer.write(index, episode)
-    return str(episode.attrs["category"])
+def _start_worker() -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A collector that was killed must not leave workers behind that write on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _record_in_worker(config: CollectConfig, index: int) -> str:
+    global _recorder
+    if _recorder is None:  # here and not at the start, so that an error reaches the caller as itself
+        _recorder = _Recorder(config)
+    return _recorder.record(index)
