@@ -62,6 +62,12 @@ COMMANDS: dict[str, Command] = {
         "view",
         positional=True,
     ),
+    "train world": Command(
+        "train all that a learned world of your own data needs: one command, one checkpoint",
+        "hma_gym.training.recipes.world",
+        "WorldOptions",
+        "train_world",
+    ),
     "train tokenizer": Command(
         "train a tokenizer on a dataset", "hma_gym.training.recipes.tokenizer", "TokenizerOptions", "main"
     ),

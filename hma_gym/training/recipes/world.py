@@ -1,0 +1,142 @@
+"""The recipe that makes a learned world of your own data in one command: tokenizer, judge, dynamics, checkpoint.
+
+    hma-gym train world --data mine.hdf5 --out runs/mine --minutes 120
+
+    gymnasium.make("HMA-v0", checkpoint="runs/mine/checkpoint", max_episode_steps=80)
+
+The tokenizer and the judge have their folders under ``out``; every stage resumes where it stopped: the same line again
+goes on. The stages are the recipes of :mod:`hma_gym.training.recipes.tokenizer`, :mod:`hma_gym.training.judge` and
+:mod:`hma_gym.training.recipes.dynamics`, for those who want to set more of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hma_gym.data.robomimic_hdf5 import open_dataset
+from hma_gym.errors import DatasetError, InvalidArgument
+from hma_gym.training.judge import JudgeTrainConfig, train_judge
+from hma_gym.training.recipes.dynamics import DynamicsOptions, train_dynamics
+from hma_gym.training.recipes.tokenizer import RECIPES, TokenizerOptions, train_tokenizer
+
+TOKENIZER_SHARE, JUDGE_SHARE = 0.15, 0.1
+
+
+@dataclass(frozen=True)
+class WorldOptions:
+    """Options of ``hma-gym train world``.
+
+    Attributes:
+        data: robomimic HDF5 files with images of one size, one a robot (domain); their action and state dims may
+            differ.
+        out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
+        names: names of the domains, one a file; by default the files' stems.
+        task: key of the task that the data is of; "" for your own robot.
+        kind: continuous tokens, or indices of a finite scalar quantiser.
+        size: named size of the dynamics model.
+        minutes: length of the whole training: 15 percent the tokenizer, 10 the judge, the rest the dynamics.
+        steps: length of every stage in steps, in place of minutes (then a resumed run is exact).
+        judge: train a judge of success on the first file; ``auto`` does where its training episodes have rewards of
+            both kinds. Without one, the world gives no reward.
+        device: ``cpu`` or ``cuda``.
+        seed: of everything random.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    names: tuple[str, ...] = ()
+    task: str = ""
+    kind: Literal["soft", "vq"] = "soft"
+    size: Literal["toy", "lift", "small"] = "lift"
+    minutes: float = 120.0
+    steps: int | None = None
+    judge: Literal["auto", "yes", "no"] = "auto"
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InvalidArgument("data must name one or more dataset files, got none.")
+        if not self.minutes > 0:
+            raise InvalidArgument(f"minutes must be positive, got {self.minutes}.")
+
+
+def image_size(files: tuple[Path, ...]) -> tuple[int, int]:
+    """Height and width of the images, which all files must share.
+
+    Raises:
+        DatasetError: they differ, or a file cannot be read.
+    """
+    sizes = {file: open_dataset(file)[0].images_THWC.shape[1:3] for file in files}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{file} {height} x {width}" for file, (height, width) in sizes.items())
+        raise DatasetError(f"one tokenizer needs images of one size, got: {listed}; import the files at one size.")
+    height, width = next(iter(sizes.values()))
+    return int(height), int(width)
+
+
+def has_both_outcomes(file: Path) -> bool:
+    """Whether the training episodes of a file have rows with reward and rows without."""
+    dataset = open_dataset(file)
+    success_F = dataset.flat(dataset.split("train")).rewards_F > 0
+    return bool(np.any(success_F) and not np.all(success_F))
+
+
+def train_world(options: WorldOptions) -> Path:
+    """Train all stages and return the checkpoint's folder.
+
+    Raises:
+        DatasetError: a file cannot be read, lacks a split, or the images differ in size.
+        ResumeError: ``out`` holds a run with other options.
+    """
+    size = image_size(options.data)
+    tokenizer, _, _ = train_tokenizer(
+        RECIPES[options.kind](
+            TokenizerOptions(
+                data=options.data[0],
+                more_data=options.data[1:],
+                out=options.out / "tokenizer",
+                kind=options.kind,
+                minutes=TOKENIZER_SHARE * options.minutes,
+                steps=options.steps,
+                image_size=size,
+                focus_red=options.task == "lift",
+                device=options.device,
+                seed=options.seed,
+            )
+        )
+    )
+    judge = None
+    if options.judge == "yes" or (options.judge == "auto" and has_both_outcomes(options.data[0])):
+        judge = train_judge(
+            JudgeTrainConfig(
+                data=options.data[0],
+                out=options.out / "judge",
+                tokenizer=tokenizer,
+                minutes=JUDGE_SHARE * options.minutes,
+                steps=options.steps,
+                decision_height=0.84 if options.task == "lift" else None,
+                seed=options.seed,
+            )
+        ).folder
+    left = 1.0 - TOKENIZER_SHARE - (JUDGE_SHARE if judge is not None else 0.0)
+    train_dynamics(
+        DynamicsOptions(
+            data=options.data,
+            tokenizer=tokenizer,
+            out=options.out,
+            names=options.names,
+            judge=judge,
+            task=options.task,
+            size=options.size,
+            minutes=left * options.minutes,
+            steps=options.steps,
+            device=options.device,
+            seed=options.seed,
+        )
+    )
+    return options.out / "checkpoint"
