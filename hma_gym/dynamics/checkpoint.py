@@ -52,8 +52,8 @@ class StartBank:
         agent_pos_NP: float32, raw units; P = 0 where the domain has no state.
         states_NS: float64, the flattened MuJoCo state (time, qpos, qvel); S = 0 where unknown.
         seeds_N: int64, the seed that ``reset`` of the ground truth was given; -1 where unknown.
-        domains_N: int64, index of the domain in the checkpoint; -1 (default) serves any. Where domains differ in P or S, the
-            columns that a start's domain does not have are zero (agent_pos) and NaN (states).
+        domains_N: int64, index of the domain in the checkpoint; -1 (default) serves any. Where domains differ in P or
+            S, the columns that a start's domain does not have are zero (agent_pos) and NaN (states).
     """
 
     frames_NHWC: NDArray[np.uint8]
