@@ -42,7 +42,7 @@ class EnduranceConfig:
         rollouts: how many; half under random actions.
         rows: rows of the recorded episodes whose actions are looped.
         steps: length of each rollout.
-        split: held-out split.
+        split: held-out split; None where the whole dataset was kept from training.
         device: where the model runs.
         threads: torch threads; None leaves torch's choice.
         seed: of the draw of episodes, the rollouts and the random actions.
@@ -56,7 +56,7 @@ class EnduranceConfig:
     rollouts: int = 20
     rows: int = 64
     steps: int = 500
-    split: str = "test"
+    split: str | None = "test"
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0

@@ -37,9 +37,10 @@ class FidelityConfig:
         episodes: how many episodes of the split, drawn at random with the seed.
         rows: rows of each episode; outcomes are read at the last.
         steps: video measures are over steps 1 to ``steps``.
-        split: held-out split.
+        split: held-out split; None where the whole dataset was kept from training.
         judge: a registered judge's name or a folder that ``hma-gym train judge`` wrote; None for the checkpoint's own.
         random_sequences: random action sequences per episode for delta-PSNR; 0 leaves it out.
+        control_episodes: delta-PSNR is measured on so many of the episodes (it costs the most); None for all.
         batch: episodes per network call.
         device: where the model runs.
         threads: torch threads; None leaves torch's choice.
@@ -54,9 +55,10 @@ class FidelityConfig:
     episodes: int = 200
     rows: int = 64
     steps: int = 60
-    split: str = "test"
+    split: str | None = "test"
     judge: str | None = None
     random_sequences: int = 5
+    control_episodes: int | None = None
     batch: int = 32
     device: str = "cpu"
     threads: int | None = None
@@ -92,6 +94,7 @@ def fidelity(config: FidelityConfig) -> Measured:
         steps=config.steps,
         last_steps=min(10, config.steps),
         random_sequences=config.random_sequences,
+        control_episodes=config.control_episodes,
         batch=config.batch,
         seed=config.seed,
         progress=config.progress,

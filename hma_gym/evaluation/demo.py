@@ -2,7 +2,7 @@
 
     hma-gym demo                 # about a minute and a half on 2 CPU cores
 
-A scripted policy (it lifts, lifts and drops, or grasps beside the cube) and a random one drive MuJoCo; their actions
+A scripted policy (it lifts, lifts and drops, or aims beside the cube) and a random one drive MuJoCo; their actions
 are replayed in the learned simulator from the same start. ``<out>/report.html`` is one self-contained page; the videos
 lie beside it as mp4.
 
@@ -55,7 +55,7 @@ class Scene:
 SCENES = (
     Scene("A scripted policy lifts the cube", "expert"),
     Scene("A scripted policy lifts the cube and lets it go", "drop"),
-    Scene("A scripted policy grasps beside the cube", "near_miss"),
+    Scene("A scripted policy aims beside the cube", "near_miss"),
     Scene("A scripted policy pushes the cube", "push"),
     Scene("Random actions", None),
     Scene("Random actions, another start", None),

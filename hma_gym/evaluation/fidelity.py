@@ -48,6 +48,7 @@ class FidelitySettings:
         steps: video measures are over steps 1 to ``steps``; outcomes are at the last row of the episodes.
         last_steps: length of the tail that is also reported by itself.
         random_sequences: R, random action sequences per episode for delta-PSNR (0 leaves it out).
+        control_episodes: delta-PSNR is measured on the first so many episodes; None for all.
         foreground_threshold: how far (of 255) a pixel differs from the background to count as foreground.
         batch: episodes per network call.
         seed: of the model's rollouts, the random actions and the bootstrap.
@@ -57,12 +58,15 @@ class FidelitySettings:
     steps: int = 60
     last_steps: int = 10
     random_sequences: int = 5
+    control_episodes: int | None = None
     foreground_threshold: int = 24
     batch: int = 32
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.control_episodes is not None and self.control_episodes < 1:
+            raise InvalidArgument(f"control_episodes must be 1 or more, or None for all, got {self.control_episodes}.")
         if not 1 <= self.last_steps <= self.steps or self.random_sequences < 0 or self.batch < 1:
             raise InvalidArgument(
                 "need 1 <= last_steps <= steps, random_sequences >= 0 and batch >= 1, got "
@@ -257,7 +261,8 @@ def measure_delta_psnr(
     checkpoint: Checkpoint, held_out: HeldOut, generated: Generated, settings: FidelitySettings
 ) -> Interval:
     """Delta-PSNR at step ``steps`` against ``random_sequences`` sequences of uniform random actions per episode."""
-    repeat, count, steps = settings.random_sequences, len(held_out), settings.steps
+    repeat, steps = settings.random_sequences, settings.steps
+    count = min(len(held_out), settings.control_episodes or len(held_out))
     actions = torch.from_numpy(random_actions(checkpoint, (count * repeat, steps), settings.seed))
     start = torch.arange(count).repeat_interleave(repeat)
     wandering = generate(
@@ -265,14 +270,14 @@ def measure_delta_psnr(
         torch.from_numpy(held_out.frames_BTHWC[:, 0])[start],
         torch.from_numpy(held_out.agent_pos_BTP[:, 0])[start],
         actions,
-        rollout_seeds(count, settings.seed)[start],
+        rollout_seeds(len(held_out), settings.seed)[start],
         batch=settings.batch,
         last_only=True,
         progress="random actions" if settings.progress else None,
     )
     under_random = wandering.frames_BTHWC[:, 0].unflatten(0, (count, repeat))
-    truth = torch.from_numpy(held_out.frames_BTHWC[:, steps])
-    delta = video.delta_psnr(truth, generated.frames_BTHWC[:, steps - 1], under_random)
+    truth = torch.from_numpy(held_out.frames_BTHWC[:count, steps])
+    delta = video.delta_psnr(truth, generated.frames_BTHWC[:count, steps - 1], under_random)
     return _mean_interval(delta.numpy(), settings.seed)
 
 

@@ -61,10 +61,10 @@ def category_at_end(success_T: NDArray[np.bool_], recorded: str) -> str:
     return recorded if recorded not in ("held", "dropped") else "other"
 
 
-def load_held_out(dataset: Dataset, *, split: str, episodes: int, rows: int, seed: int = 0) -> HeldOut:
-    """Read up to ``episodes`` episodes of a split, cut to ``rows`` rows, drawn at random with the seed.
+def load_held_out(dataset: Dataset, *, split: str | None, episodes: int, rows: int, seed: int = 0) -> HeldOut:
+    """Read up to ``episodes`` episodes of a split (None: of the whole dataset), cut to ``rows`` rows.
 
-    Drawn evenly over the whole split, so that shares and rates are the collection's own.
+    Drawn at random with the seed, evenly over the whole split, so that shares and rates are the collection's own.
 
     Raises:
         DatasetError: the split has no episode that long.
@@ -73,7 +73,8 @@ def load_held_out(dataset: Dataset, *, split: str, episodes: int, rows: int, see
     if episodes < 1 or rows < 2:
         raise InvalidArgument(f"need episodes >= 1 and rows >= 2, got episodes={episodes}, rows={rows}.")
     lengths = dataset.lengths_N
-    long_enough = [position for position in dataset.split(split) if lengths[position] >= rows]
+    members = range(len(dataset)) if split is None else dataset.split(split)
+    long_enough = [position for position in members if lengths[position] >= rows]
     if not long_enough:
         raise DatasetError(
             f"{str(dataset.path)!r}: no episode of split {split!r} has {rows} rows; the longest has "

@@ -52,6 +52,7 @@ class JudgeTrainConfig:
         data: robomimic file or ``.parts`` folder with rewards and images.
         out: the run's folder.
         tokenizer: folder of a trained tokenizer, whose round trips the judge shall know; None for real frames only.
+        test_data: another dataset, all of whose episodes are the test; None for the test split of ``data``.
         minutes: wall-clock time of training.
         steps: length in optimiser steps instead of minutes (exactly resumable).
         batch_size: windows per step.
@@ -74,6 +75,7 @@ class JudgeTrainConfig:
     data: Path
     out: Path
     tokenizer: Path | None = None
+    test_data: Path | None = None
     minutes: float = 6.0
     steps: int | None = None
     batch_size: int = 64
@@ -229,12 +231,13 @@ def fit_threshold(probability_N: NDArray[np.float64], success_N: NDArray[np.bool
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
-def _load(path: Path, split: str, most: int) -> LabelledRows:
+def _load(path: Path, split: str | None, most: int) -> LabelledRows:
+    """Rows of up to ``most`` episodes of a split, or of the whole dataset."""
     dataset = open_dataset(path)
-    positions = dataset.split(split)[:most]
+    positions = list(range(len(dataset))) if split is None else dataset.split(split)
     if not positions:
         raise DatasetError(f"{str(path)!r} has no episode in split {split!r}; record at least a dozen episodes.")
-    return label_rows([dataset[position] for position in positions])
+    return label_rows([dataset[position] for position in positions[:most]])
 
 
 class _Accuracy:
@@ -264,7 +267,10 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     torch.manual_seed(config.seed)  # the fresh weights
     train_rows = _load(config.data, "train", config.max_episodes)
     valid_rows = _load(config.data, "valid", config.max_held_out)
-    test_rows = _load(config.data, "test", config.max_held_out)
+    if config.test_data is None:
+        test_rows = _load(config.data, "test", config.max_held_out)
+    else:
+        test_rows = _load(config.test_data, None, config.max_held_out)
     if train_rows.success_F.all() or not train_rows.success_F.any():
         raise DatasetError(
             f"{str(config.data)!r}: all {len(train_rows.success_F)} training rows have one outcome; a judge needs "
@@ -336,7 +342,6 @@ def _measure(judge: ClassifierJudge, rows: LabelledRows, out: Path) -> JudgeTrai
     error = float(np.median(known)) if len(known) else float("nan")
     folder = save_judge(judge, out)
     report = {
-        "split": "test",
         "episodes": len(rows.last_N),
         "temperature": judge.config.temperature,
         "threshold": judge.threshold,

@@ -19,6 +19,7 @@ from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.evaluation.fidelity import (
     FidelitySettings,
     compare_outcomes,
+    measure_delta_psnr,
     measure_fidelity,
     rollout_seeds,
 )
@@ -44,6 +45,7 @@ def test_held_out_is_cut_drawn_and_categorised(toy_dataset: Dataset) -> None:
     held_out = load_held_out(toy_dataset, split="test", episodes=3, rows=8, seed=1)
     assert len(held_out) == 3 and held_out.rows == 8
     assert held_out.names == load_held_out(toy_dataset, split="test", episodes=3, rows=8, seed=1).names
+    assert len(load_held_out(toy_dataset, split=None, episodes=99, rows=8)) == len(toy_dataset)
     whole = load_held_out(toy_dataset, split="train", episodes=99, rows=8)
     assert set(whole.categories) == {"held", "dropped", "near_miss", "pushed"}
     assert (whole.success_BT[:, -1] == (np.array(whole.categories) == "held")).all()
@@ -104,6 +106,24 @@ def test_the_report_agrees_with_its_parts(checkpoint: Checkpoint, toy_dataset: D
     if report.perplexity is not None:  # untrained: the head's weights are zero, so all 12 codes are alike
         assert report.perplexity.value == pytest.approx(12.0, rel=1e-3)
     assert json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_delta_psnr_on_some_of_the_episodes(checkpoint: Checkpoint, toy_dataset: Dataset) -> None:
+    held_out = load_held_out(toy_dataset, split="test", episodes=4, rows=8)
+    settings = dataclasses.replace(SETTINGS, random_sequences=2)
+    first = dataclasses.replace(settings, control_episodes=2)
+    generated = generate(
+        checkpoint,
+        torch.from_numpy(held_out.frames_BTHWC[:, 0]),
+        torch.from_numpy(held_out.agent_pos_BTP[:, 0]),
+        torch.from_numpy(held_out.actions_BTA[:, :6]),
+        rollout_seeds(4, 0),
+    )
+    whole = measure_delta_psnr(checkpoint, held_out, generated, settings)
+    part = measure_delta_psnr(checkpoint, held_out, generated, first)
+    assert np.isfinite([whole.value, part.value]).all()
+    with pytest.raises(InvalidArgument, match="control_episodes"):
+        FidelitySettings(control_episodes=0)
 
 
 def test_cube_errors_come_from_a_judge_that_locates(checkpoint: Checkpoint, toy_dataset: Dataset) -> None:
