@@ -2,7 +2,8 @@
 
 A token cache is one HDF5 file of flat arrays over all frames F of N episodes, so that a training window is a slice:
 ``tokens`` (F, S, C) float16 or (F, S) int32, ``actions`` (F, A), ``agent_pos`` (F, P), ``targets`` (F, X),
-``starts`` (N + 1), ``split`` (N) and ``category``, ``success`` (N). Row f's action leads to row f + 1 of its episode.
+``starts`` (N + 1), and ``name``, ``split``, ``category``, ``success`` (N). Row f's action leads to row f + 1 of its
+episode.
 
 Shape legend: F frames of all episodes, N episodes, T frames of one, S tokens of a frame, C channels, A action dims,
 P agent_pos dims, X privileged target dims.
@@ -38,8 +39,8 @@ TARGET_KEYS = (("object", slice(0, 3)),)
 @dataclass(frozen=True)
 class TokenCache:
     """A token cache in memory. Attributes are the arrays of the module's docstring; ``split`` holds indices into
-    :data:`SPLITS`, and ``category`` strings ("" where the data has none); ``tokenizer`` is a digest of the tokenizer's
-    weights ("" where unknown)."""
+    :data:`SPLITS`, and ``category`` strings ("" where the data has none); ``name_N`` are the episodes' names in their
+    dataset and ``tokenizer`` is a digest of the tokenizer's weights (both empty in caches of the first version)."""
 
     tokens: NDArray[Any]
     actions_FA: NDArray[np.float32]
@@ -49,6 +50,7 @@ class TokenCache:
     split_N: NDArray[np.int64]
     success_N: NDArray[np.bool_]
     category_N: tuple[str, ...]
+    name_N: tuple[str, ...] = ()
     domain: str = ""
     tokenizer: str = ""
 
@@ -116,7 +118,8 @@ class TokenCache:
                 file["actions"], file["agent_pos"] = self.actions_FA, self.agent_pos_FP
                 file["targets"], file["starts"] = self.targets_FX, self.starts_N1
                 file["split"], file["success"] = self.split_N, self.success_N
-                file.create_dataset("category", data=list(self.category_N), dtype=h5py.string_dtype())
+                for key, names in (("category", self.category_N), ("name", self.name_N)):
+                    file.create_dataset(key, data=list(names), dtype=h5py.string_dtype())
             os.replace(temporary, path)
         return path
 
@@ -137,6 +140,7 @@ def load_token_cache(path: str | Path) -> TokenCache:
                 split_N=file["split"][()],
                 success_N=file["success"][()],
                 category_N=tuple(file["category"].asstr()[()]),
+                name_N=tuple(file["name"].asstr()[()]) if "name" in file else (),
                 domain=str(file.attrs["domain"]),
                 tokenizer=str(file.attrs.get("tokenizer", "")),
             )
@@ -168,41 +172,36 @@ def build_token_cache(
     Args:
         encode: a tokenizer's ``encode``: (T, H, W, 3) uint8 to tokens.
         domain, tokenizer: the domain's name and the tokenizer's digest, kept with the cache.
-        previous: a cache of the first episodes of the same dataset, taken over as it is.
+        previous: a cache of some episodes of the same dataset; what it knows by name is not encoded again. (While a
+            dataset is recorded by several workers, new episodes come in between old ones.)
         progress: show a progress bar.
     """
-    parts: dict[str, list[Any]] = {k: [] for k in ("tokens", "actions", "agent_pos", "targets")}
-    lengths: list[int] = []
-    split: list[int] = []
+    known = {} if previous is None else {name: n for n, name in enumerate(previous.name_N)}
+    parts: dict[str, list[NDArray[Any]]] = {key: [] for key in ("tokens", "actions", "agent_pos", "targets")}
     members = {name: set(dataset.split(name)) if name in dataset.masks else set() for name in SPLITS}
-    done = 0
-    if previous is not None:
-        done = len(previous)
-        parts = {
-            "tokens": [previous.tokens],
-            "actions": [previous.actions_FA],
-            "agent_pos": [previous.agent_pos_FP],
-            "targets": [previous.targets_FX],
-        }
-        lengths, split = np.diff(previous.starts_N1).tolist(), previous.split_N.tolist()
-    for n in tqdm(range(done, len(dataset)), desc="encoding frames", unit="episode", disable=not progress):
-        episode = dataset[n]
-        tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
-        parts["tokens"].append(tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32))
-        parts["actions"].append(episode.actions_TA.astype(np.float32))
-        parts["agent_pos"].append(episode.agent_pos_TP.astype(np.float32))
-        parts["targets"].append(targets_of(episode))
-        lengths.append(len(episode))
-        split.append(next((i for i, name in enumerate(SPLITS) if n in members[name]), 0))
+    names = tuple(demo.name for demo in dataset.demos)
+    for n, name in enumerate(tqdm(names, desc="encoding frames", unit="episode", disable=not progress)):
+        if previous is not None and name in known:
+            rows = previous.rows(known[name])
+            found = (previous.tokens, previous.actions_FA, previous.agent_pos_FP, previous.targets_FX)
+            arrays = tuple(array[rows] for array in found)
+        else:
+            episode = dataset[n]
+            tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
+            tokens = tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32)
+            arrays = (tokens, episode.actions_TA, episode.agent_pos_TP, targets_of(episode))
+        for part, array in zip(parts.values(), arrays, strict=True):
+            part.append(array)
     return TokenCache(
         tokens=np.concatenate(parts["tokens"]),
         actions_FA=np.concatenate(parts["actions"]),
         agent_pos_FP=np.concatenate(parts["agent_pos"]),
         targets_FX=np.concatenate(parts["targets"]),
-        starts_N1=np.cumsum([0, *lengths]),
-        split_N=np.array(split, dtype=np.int64),
+        starts_N1=np.cumsum([0, *map(len, parts["actions"])]),
+        split_N=np.array([next((i for i, s in enumerate(SPLITS) if n in members[s]), 0) for n in range(len(names))]),
         success_N=np.array([bool(v) for v in dataset.column("success")]),
         category_N=tuple(str(v or "") for v in dataset.column("category")),
+        name_N=names,
         domain=domain,
         tokenizer=tokenizer,
     )

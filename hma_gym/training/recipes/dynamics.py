@@ -289,12 +289,14 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
             f"token cache {str(path)!r} was made with another tokenizer ({previous.tokenizer}, this one is {digest}); "
             "delete it, or choose another out folder."
         )
-    if previous is not None and len(previous) == len(dataset):
+    names = tuple(demo.name for demo in dataset.demos)
+    if previous is not None and (previous.name_N or names) == names and len(previous) == len(names):
         return previous
-    if previous is not None and len(previous) > len(dataset):
+    missing = set() if previous is None else set(previous.name_N) - set(names)
+    if missing:
         raise DatasetError(
-            f"token cache {str(path)!r} holds {len(previous)} episodes and the dataset {len(dataset)}: it belongs to "
-            "another dataset; delete it, or choose another out folder."
+            f"token cache {str(path)!r} holds {len(missing)} episodes that the dataset lacks, first {min(missing)!r}: "
+            "it belongs to another dataset; delete it, or choose another out folder."
         )
     cache = build_token_cache(dataset, tokenizer.encode, domain=domain, tokenizer=digest, previous=previous)
     cache.save(path)
