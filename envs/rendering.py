@@ -31,13 +31,17 @@ _REMEDY = (
 
 
 def import_mujoco() -> ModuleType:
-    """Import mujoco; ``MUJOCO_GL`` becomes ``egl`` where the user chose nothing, so that no display is needed.
+    """Import mujoco, with settings for where the user chose nothing.
+
+    ``MUJOCO_GL=egl`` needs no display. ``LP_NUM_THREADS=0`` keeps Mesa's software renderer free of threads: frames
+    this small gain nothing from them, and a forked process (``AsyncVectorEnv``) hangs without them.
 
     Raises:
         MissingExtra: mujoco is not installed.
         RenderingUnavailable: the OpenGL library named by ``MUJOCO_GL`` does not load.
     """
     os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         return require("mujoco", extra="sim", purpose="the ground-truth environments")
     except (AttributeError, OSError, RuntimeError) as error:
@@ -51,8 +55,17 @@ def _unavailable(error: BaseException) -> RenderingUnavailable:
     )
 
 
+_unforkable_in: int | None = None  # process that uses an OpenGL which does not survive a fork
+
+
 def _make_context(size: int) -> Any:
     """A current OpenGL context. mujoco's own choice is fixed when it is first imported; this one asks now."""
+    global _unforkable_in
+    if _unforkable_in not in (None, os.getpid()):
+        raise RenderingUnavailable(
+            "this process was forked from one that had rendered, and this machine's OpenGL does not survive that; "
+            "start the workers with 'spawn', e.g. gymnasium.make_vec(..., vector_kwargs={'context': 'spawn'})."
+        )
     backend = os.environ.get("MUJOCO_GL", "").lower() or "egl"
     modules = {"egl": "mujoco.egl", "osmesa": "mujoco.osmesa", "glfw": "mujoco.glfw"}
     if backend not in modules:
@@ -70,6 +83,9 @@ def _make_context(size: int) -> Any:
     # The backends raise what ctypes and PyOpenGL happen to raise; PyOpenGL's own errors derive from Exception only.
     except Exception as error:
         raise _unavailable(error) from error
+    gl = require("OpenGL.GL", extra="sim", purpose="rendering")
+    if b"llvmpipe" not in gl.glGetString(gl.GL_RENDERER) or os.environ.get("LP_NUM_THREADS") != "0":
+        _unforkable_in = os.getpid()
     return context
 
 

@@ -107,20 +107,21 @@ class _Style:
     @classmethod
     def draw(cls, config: ScriptedConfig, rng: np.random.Generator) -> _Style:
         sloppy = 1.0 - config.competence
-        steady = config.mode == "expert" and config.competence >= 0.95
+        # How loosely it moves: an able expert hardly at all, every other mode fully, for variety.
+        loose = min(1.0, 3.0 * sloppy) if config.mode == "expert" else 1.0
         white = config.noise
         if white is None:
             white = float(rng.choice([0.0, 0.03, 0.08, 0.15])) + 0.12 * sloppy * rng.random()
         return cls(
-            gain=rng.uniform(0.8, 1.3) if steady else rng.uniform(0.55, 1.4),
-            speed=rng.uniform(0.75, 1.0) if steady else 1.0 - 0.5 * rng.random() ** 1.5,
+            gain=rng.uniform(0.8 - 0.25 * loose, 1.3 + 0.1 * loose),
+            speed=1.0 - (0.25 + 0.25 * loose) * rng.random() ** 1.5,
             yaw_gain=rng.uniform(0.3, 0.8),
             tilt_gain=rng.uniform(0.2, 0.6) if rng.random() < 0.8 else 0.0,
             grip=1.0 if rng.random() < 0.5 else rng.uniform(0.3, 1.0),
             white=white,
-            drift=float(rng.choice([0.0, 0.0, 0.05, 0.15])) * (0.3 if steady else 1.0),
-            hold=1 if rng.random() < 0.8 else int(rng.integers(2, 4)),
-            burst_at=int(rng.integers(5, 50)) if rng.random() < (0.05 if steady else 0.2) else -1000,
+            drift=float(rng.choice([0.0, 0.0, 0.05, 0.15])) * (0.3 + 0.7 * loose),
+            hold=int(rng.integers(2, 4)) if rng.random() < 0.2 * loose else 1,
+            burst_at=int(rng.integers(5, 50)) if rng.random() < 0.05 + 0.15 * loose else -1000,
             burst_steps=int(rng.integers(3, 9)),
             bias=np.asarray(config.bias, dtype=np.float64),
         )

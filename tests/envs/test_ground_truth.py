@@ -13,6 +13,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import hma_gym  # noqa: F401
+from hma_gym.envs import rendering
 from hma_gym.envs.ground_truth import GroundTruthEnv
 from hma_gym.envs.tasks import TASKS, get_task
 from hma_gym.errors import (
@@ -231,12 +232,17 @@ def test_success_is_robosuites_predicate_on_the_current_state(env: GroundTruthEn
         env.terminate_on_success = False
 
 
-def test_async_vector_env_equals_single_envs(env: GroundTruthEnv) -> None:
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("context", ["spawn", "fork"])
+def test_async_vector_env_equals_single_envs(env: GroundTruthEnv, context: str) -> None:
+    env.reset(seed=0)
+    if rendering._unforkable_in is not None and context == "fork":
+        pytest.skip("this machine's OpenGL does not survive a fork")
     vector = gymnasium.make_vec(
         "GroundTruth-Lift-v0",
         num_envs=2,
         vectorization_mode="async",
-        vector_kwargs={"context": "spawn"},
+        vector_kwargs={"context": context},
         obs_type="pixels_agent_pos",
     )
     try:
@@ -315,6 +321,14 @@ def test_a_missing_extra_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=rf"'{module}' is needed for .*pip install \"hma_gym\[sim\]\""):
         GroundTruthEnv()
+
+
+def test_a_fork_that_would_hang_is_an_error(env: GroundTruthEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    env.reset(seed=0)
+    monkeypatch.setattr(rendering, "_unforkable_in", os.getpid() + 1)
+    with pytest.raises(RenderingUnavailable, match=r"forked.*vector_kwargs=\{'context': 'spawn'\}"):
+        env.simulation.render(40)
+    env.simulation.render(64)  # what was there before the fork is not in question
 
 
 def test_an_unknown_gl_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
