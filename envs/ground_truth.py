@@ -52,7 +52,8 @@ class GroundTruthEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
     Actions are (7,) in [-1, 1] (values outside are clipped): hand translation 3 (1 asks for 5 cm), rotation
     about the base axes 3 (1 asks for .5 rad), gripper (-1 opens, +1 closes). The reward is 1.0 while the task's
-    own success predicate holds, else 0.0, and ``info["is_success"]`` says the same.
+    own success predicate holds, else 0.0; ``info["is_success"]`` says the same, and ``info["success_probability"]``
+    (the learned judge's in a learned environment) is 1.0 or 0.0 here.
 
     Raises:
         MissingExtra: mujoco or robosuite is not installed.
@@ -172,7 +173,8 @@ class GroundTruthEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return {"pixels": pixels, "agent_pos": agent_pos_from_obs(self.simulation.observe())}
 
     def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = {"is_success": self.simulation.is_success()}
+        success = self.simulation.is_success()
+        info: dict[str, Any] = {"is_success": success, "success_probability": float(success)}
         if self.privileged_info:
             info["privileged"] = self.simulation.privileged()
         return info

@@ -33,14 +33,16 @@ def check_action(action: object, action_dim: int) -> NDArray[np.float64]:
     """``action`` as float64 in [-1, 1] (values outside are clipped).
 
     Raises:
-        InvalidAction: the shape is not (action_dim,), it is not numeric, or a value is not finite.
+        InvalidAction: the shape is not (action_dim,), the dtype is not floating, or a value is not finite.
     """
     try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        array = np.asarray(action)
+    except ValueError as error:
+        raise InvalidAction(f"action must have shape ({action_dim},), got {type(action).__name__}: {error}.") from error
+    if array.dtype.kind != "f":
         raise InvalidAction(
-            f"action must be {action_dim} numbers in [-1, 1], got {type(action).__name__}: {error}."
-        ) from error
+            f"action must be of a floating dtype, got {array.dtype}; convert it with astype(np.float32)."
+        )
     if array.shape != (action_dim,):
         raise InvalidAction(
             f"action must have shape ({action_dim},) with values in [-1, 1], got shape {array.shape}; "
@@ -51,7 +53,7 @@ def check_action(action: object, action_dim: int) -> NDArray[np.float64]:
             f"action must be finite, got {array.tolist()}; check the policy's output (a NaN often comes from "
             "un-normalised inputs or a diverged network)."
         )
-    return np.clip(array, -1.0, 1.0)
+    return np.clip(array.astype(np.float64), -1.0, 1.0)
 
 
 class Simulation:
