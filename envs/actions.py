@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hma_gym.errors import InvalidAction
@@ -29,31 +30,36 @@ def read_actions(actions: Any, leading: tuple[int | None, ...], box: spaces.Box,
     shape = (*leading, *box.shape)
     wanted = f"({', '.join('H' if size is None else str(size) for size in shape)}{',' if len(shape) == 1 else ''})"
     if isinstance(actions, Tensor):
-        tensor, dtype = actions.detach(), str(actions.dtype)
-        floating = tensor.is_floating_point()
+        dtype, found, floating = str(actions.dtype), tuple(actions.shape), actions.is_floating_point()
     else:
         try:
-            array = np.asarray(actions)
+            actions = np.asarray(actions)
         except ValueError as error:
             raise InvalidAction(f"actions must be an array of shape {wanted}, got {type(actions)}: {error}.") from error
-        dtype, floating = str(array.dtype), array.dtype.kind == "f"
-        # A double may overflow in single precision; clipped first, it cannot.
-        tensor = torch.from_numpy(array.astype(np.float64)) if floating else torch.zeros(0)
+        dtype, found, floating = str(actions.dtype), actions.shape, actions.dtype.kind == "f"
     if not floating:
         raise InvalidAction(f"actions must be of a floating dtype, got {dtype}; convert them with astype(np.float32).")
-    if len(tensor.shape) != len(shape) or any(
-        size is not None and size != found or found == 0 for size, found in zip(shape, tensor.shape, strict=False)
+    if len(found) != len(shape) or any(
+        not size or wish not in (None, size) for wish, size in zip(shape, found, strict=True)
     ):
         raise InvalidAction(
-            f"actions must have shape {wanted}, got {tuple(tensor.shape)}: one row for each environment and one column "
-            f"for each of the {box.shape[0]} dims of the action space."
+            f"actions must have shape {wanted}, got {found}: one row for each environment and one column for each of "
+            f"the {box.shape[0]} dims of the action space."
         )
-    if not bool(torch.isfinite(tensor).all()):
-        where = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
-        raise InvalidAction(
-            f"actions must be finite, got {tensor[where].item()} at index {where}; check the policy's output (a NaN "
-            "often comes from un-normalised inputs or a diverged network)."
-        )
-    tensor = tensor.to(device)
-    low, high = (torch.from_numpy(bound).to(device, tensor.dtype) for bound in (box.low, box.high))
-    return torch.clamp(tensor, low, high).float()
+    if isinstance(actions, Tensor):
+        if not bool(torch.isfinite(actions).all()):
+            raise _not_finite(actions.detach().double().cpu().numpy())
+        low, high = (torch.from_numpy(bound).to(actions.device) for bound in (box.low, box.high))
+        # The bounds are float32, and what exceeds that in a double is clipped before it is converted.
+        return torch.clamp(actions.detach(), low, high).to(device, torch.float32)
+    if not np.isfinite(actions).all():
+        raise _not_finite(actions)
+    return torch.from_numpy(np.clip(actions, box.low, box.high).astype(np.float32)).to(device)
+
+
+def _not_finite(actions: NDArray[np.floating[Any]]) -> InvalidAction:
+    where = tuple(np.argwhere(~np.isfinite(actions))[0].tolist())
+    return InvalidAction(
+        f"actions must be finite, got {actions[where]} at index {where}; check the policy's output (a NaN often comes "
+        "from un-normalised inputs or a diverged network)."
+    )

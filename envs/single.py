@@ -54,8 +54,8 @@ class HMAEnv(gymnasium.Env[Any, Any]):
         decode_steps: int | None = None,
         domain: str | None = None,
         device: str | torch.device | None = None,
-        render_mode: str | None = None,
-        render_size: int | None = None,
+        render_mode: str | None = "rgb_array",
+        render_size: int = 256,
     ) -> None:
         self._vector = HMAVectorEnv(
             num_envs=1,

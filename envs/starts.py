@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hma_gym.envs.world import Context, LearnedWorld
 from hma_gym.errors import InvalidArgument, InvalidImage
@@ -61,7 +62,7 @@ def read_options(options: Mapping[str, Any] | None, num_envs: int, world: Learne
     mask_N = _mask(options.get("reset_mask"), num_envs)
     start_N = np.full(num_envs, -1, dtype=np.int64)
     if "start" in options:
-        start_N = _starts(options["start"], num_envs, world.starts)
+        start_N = _starts(options["start"], num_envs, len(world.bank))
     context = None
     if "image" in options:
         frames = _frames(options["image"], "image", 3, num_envs, world)[:, None]
@@ -77,7 +78,7 @@ def read_options(options: Mapping[str, Any] | None, num_envs: int, world: Learne
 def _mask(value: object, num_envs: int) -> Mask:
     if value is None:
         return np.ones(num_envs, dtype=bool)
-    mask = np.asarray(value)
+    mask = _array(value, "reset_mask")
     if mask.dtype != np.bool_ or mask.shape != (num_envs,) or not mask.any():
         raise InvalidArgument(
             f"options['reset_mask'] must be a bool array of shape ({num_envs},) with at least one True, got "
@@ -87,7 +88,7 @@ def _mask(value: object, num_envs: int) -> Mask:
 
 
 def _starts(value: object, num_envs: int, known: int) -> NDArray[np.int64]:
-    index = np.asarray(value)
+    index = _array(value, "start")
     if index.dtype.kind not in "iu" or index.shape not in ((), (num_envs,)):
         raise InvalidArgument(
             f"options['start'] must be an integer or an integer array of shape ({num_envs},), got {index.dtype} of "
@@ -102,7 +103,8 @@ def _starts(value: object, num_envs: int, known: int) -> NDArray[np.int64]:
 
 def _frames(value: Any, name: str, ndim: int, num_envs: int, world: LearnedWorld) -> NDArray[np.uint8]:
     """With a leading dim of 1 (shared) or N."""
-    array = np.asarray(value)
+    array = _array(value, name)
+    given = array.shape
     one = "(H, W, 3)" if ndim == 3 else "(T, H, W, 3)"
     if array.dtype != np.uint8:
         raise InvalidImage(f"options[{name!r}] must be uint8 in 0..255, got {array.dtype}; scale and convert it first.")
@@ -111,10 +113,10 @@ def _frames(value: Any, name: str, ndim: int, num_envs: int, world: LearnedWorld
     if array.ndim != ndim + 1 or array.shape[-3:] != (*world.image_size, 3) or array.shape[0] not in (1, num_envs):
         raise InvalidImage(
             f"options[{name!r}] must have shape {one} with H, W = {world.image_size}, or {num_envs} of them, got "
-            f"{np.shape(value)}; resize to the checkpoint's image size and put the colour channels last."
+            f"{given}; resize to the checkpoint's image size and put the colour channels last."
         )
     if ndim == 4 and not array.shape[1]:
-        raise InvalidImage(f"options[{name!r}] must hold at least one frame, got shape {np.shape(value)}.")
+        raise InvalidImage(f"options[{name!r}] must hold at least one frame, got shape {given}.")
     return array
 
 
@@ -158,8 +160,15 @@ def _agent_pos(
     return array.reshape(-1, T if ndim == 2 else 1, P)
 
 
-def _floats(value: object, name: str) -> NDArray[np.float32]:
+def _array(value: object, name: str) -> NDArray[Any]:
     try:
-        return np.asarray(value, dtype=np.float32)
+        return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"options[{name!r}] must be an array of numbers, got {value!r}: {error}.") from error
+        raise InvalidArgument(f"options[{name!r}] must be an array, got {type(value).__name__}: {error}.") from error
+
+
+def _floats(value: object, name: str) -> NDArray[np.float32]:
+    array = _array(value, name)
+    if array.dtype.kind not in "fiu":
+        raise InvalidArgument(f"options[{name!r}] must be an array of numbers, got {array.dtype}.")
+    return array.astype(np.float32)

@@ -43,7 +43,6 @@ from hma_gym.judges.protocol import Judge
 
 Decode = Literal["last", "all", "none"]
 _STATE_VERSION = 1
-_RENDER_SIZE = 256
 _SEED_LIMIT = 2**62
 
 
@@ -95,7 +94,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         domain: name of the domain, for checkpoints with several.
         device: where to load the weights; given ones stay where they are.
         render_mode: ``rgb_array`` or None.
-        render_size: side of rendered images in pixels (256).
+        render_size: side of rendered images in pixels.
 
     Raises:
         InvalidArgument: an argument breaks its rule.
@@ -121,15 +120,15 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         decode_steps: int | None = None,
         domain: str | None = None,
         device: str | torch.device | None = None,
-        render_mode: str | None = None,
-        render_size: int | None = None,
+        render_mode: str | None = "rgb_array",
+        render_size: int = 256,
     ) -> None:
         super().__init__()
         if num_envs < 1:
             raise InvalidArgument(f"num_envs must be at least 1, got {num_envs}.")
         if render_mode not in (None, "rgb_array"):
             raise InvalidArgument(f"render_mode must be 'rgb_array' or None, got {render_mode!r}.")
-        if render_size is not None and render_size < 1:
+        if render_size < 1:
             raise InvalidArgument(f"render_size must be at least 1 pixel, got {render_size}.")
         self.world = world = load_world(task, checkpoint, domain, judge, temperature, decode_steps, device)
         if image_size is not None and world.image_size != (image_size, image_size):
@@ -150,7 +149,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         self.obs_type = obs_type
         self.terminate_on_success = terminate_on_success
         self.render_mode = render_mode
-        self.render_size = _RENDER_SIZE if render_size is None else render_size
+        self.render_size = render_size
         self.single_action_box = _action_space(world)
         self.single_action_space = self.single_action_box
         self.single_observation_space = observation_space(obs_type, world.image_size, _agent_pos_space(world))
@@ -386,7 +385,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                         terminated_N |= ended_N
                         steps_N[ended_N] = h + 1
             if decode == "all":
-                path.append(self._observed())
+                path.append(_copied(self._observed()))
         truncated_N, again_N = episodes.end(steps_N, terminated_N)
         if (show or again_N.any()) and not seen:
             values, success_N = self._look()
@@ -410,7 +409,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         """Begin the episodes in the mask; each environment draws a start and a seed, whether they are used or not."""
         index_R = np.flatnonzero(chosen.mask_N)
         generators = [self._generator(i) for i in index_R]
-        drawn_R = np.array([generator.integers(self.world.starts) for generator in generators])
+        drawn_R = np.array([generator.integers(len(self.world.bank)) for generator in generators])
         seed_R = np.array([_draw_seed(generator) for generator in generators])
         with torch.inference_mode():
             if chosen.context is None:
@@ -430,9 +429,9 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             return self.world.judged(self._rows)
 
     def _observed(self) -> Observations:
-        """Current observations of decoded frames: copies on the device."""
+        """Current observations of decoded frames, on the device; to be copied before the rows change."""
         rows = self._require_ready()
-        pixels = rows.frame_NHWC.clone()
+        pixels = rows.frame_NHWC
         if self.obs_type == "pixels":
             return pixels
         agent_pos = torch.clamp(self.world.agent_pos(rows), self._agent_pos_low, self._agent_pos_high)
@@ -498,6 +497,10 @@ def _agent_pos_space(world: LearnedWorld) -> spaces.Box:
 
 def _draw_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(_SEED_LIMIT))
+
+
+def _copied(observations: Observations) -> Observations:
+    return {k: v.clone() for k, v in observations.items()} if isinstance(observations, dict) else observations.clone()
 
 
 def _stack(path: list[Observations]) -> Observations:

@@ -113,6 +113,7 @@ class LearnedWorld:
 
     Attributes:
         checkpoint, tokenizer, dynamics, judge, domain: the parts in use.
+        bank: the checkpoint's starts that serve this domain; ``options["start"]`` is an index into it.
         device: where the weights are.
         image_size: (H, W).
         action_size: A.
@@ -146,12 +147,12 @@ class LearnedWorld:
         self.image_size = self.tokenizer.image_size
         self.action_size = self.domain.action_dim * self.domain.stride
         self.window = 1 if self.judge is None else self.judge.window
-        bank = checkpoint.starts.of_domain(self._domain_index)
+        self.bank = bank = checkpoint.starts.of_domain(self._domain_index)
         if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
             raise CheckpointError(
                 f"checkpoint {checkpoint.name!r}: its starts must be images of {self.image_size} pixels with "
                 f"{self.domain.state_dim} agent_pos dims, got frames {bank.frames_NHWC.shape} and agent_pos "
-                f"{bank.agent_pos_NP.shape}; save it again with starts of this domain."
+                f"{bank.agent_pos_NP.shape}; save it again with starts of its own domain."
             )
         self._bank_frames = torch.from_numpy(bank.frames_NHWC).to(self.device)
         self._bank_agent_pos = torch.from_numpy(bank.agent_pos_NP[:, : self.domain.state_dim]).to(self.device)
@@ -159,11 +160,6 @@ class LearnedWorld:
             self._bank_tokens = torch.cat(
                 [self.tokenizer.encode(part) for part in self._bank_frames.split(_ENCODE_BATCH)]
             )
-
-    @property
-    def starts(self) -> int:
-        """Number of starts in the bank."""
-        return len(self._bank_frames)
 
     def nearest_start(self, frame_HWC: NDArray[np.uint8]) -> int:
         """Index of the bank's frame with the least squared pixel difference."""
@@ -192,7 +188,7 @@ class LearnedWorld:
         tokens = torch.cat([self.tokenizer.encode(frame[None]) for frame in frames_RT.flatten(0, 1)])
         tokens_RT = tokens.unflatten(0, frames_RT.shape[:2])
         tokens_RT, frames_RT, agent_pos, actions = (
-            x.expand(R, *x.shape[1:])
+            x.expand(R, *x.shape[1:]).contiguous()
             for x in (
                 tokens_RT,
                 frames_RT,
