@@ -40,6 +40,9 @@ from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
 from hma_gym.training.mixture import mixture_probabilities
 
+#: Batches of the held-out loss; as many as a training step has, each.
+HELD_OUT_BATCHES = 8
+
 #: Lift succeeds where the cube's centre is more than 4 cm above the table top at 0.8 m (robosuite's predicate).
 LIFT_HEIGHT = 0.84
 
@@ -161,6 +164,7 @@ class OpenLoopValidation:
     """Validation while training: open loop from one frame under the true actions, against the decoded true tokens.
 
     Attributes:
+        held_out: batches of validation episodes for the training loss, or None where these are too short for a clip.
         tokenizer: decodes.
         caches, domains: where the episodes come from.
         episodes: how many of each domain.
@@ -168,6 +172,7 @@ class OpenLoopValidation:
         success: (column of the targets, threshold) that defines success from the privileged targets, or None.
     """
 
+    held_out: ClipBatches | None
     tokenizer: Tokenizer
     caches: Sequence[TokenCache]
     domains: Sequence[Domain]
@@ -178,12 +183,14 @@ class OpenLoopValidation:
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
         """The scores by name, prefixed by the domain's where there are several.
 
-        ``psnr`` (mean over steps), ``psnr_last`` (last 10 steps), ``psnr_floor`` (the first frame copied),
+        ``valid_loss`` and the loss's metrics (``valid_changed_accuracy`` ...) on held-out clips, with discrete tokens
+        ``valid_perplexity``; open loop ``psnr`` (mean over steps), ``psnr_last`` (last 10 steps), ``psnr_floor`` (the
+        first frame copied),
         ``delta_psnr`` (last frame, against 5 random action sequences), ``state_error`` (position in m, at the last
         step), ``target_error``, and ``outcome`` (agreement of the outcome) and ``implied`` success minus the true one.
         """
         assert isinstance(model, Dynamics)
-        scores: dict[str, float] = {}
+        scores = self._losses(model)
         for index, (cache, domain) in enumerate(zip(self.caches, self.domains, strict=True)):
             split = "valid" if len(cache.episodes("valid")) else "train"
             room = np.diff(cache.starts_N1)
@@ -234,6 +241,21 @@ class OpenLoopValidation:
                 scores[f"{prefix}outcome"] = float((seen == true).mean())
                 scores[f"{prefix}implied"] = float(seen.mean() - true.mean())
         return scores
+
+    def _losses(self, model: Dynamics) -> dict[str, float]:
+        """Mean loss and metrics of the first held-out batches, with the same random choices at every call."""
+        if self.held_out is None:
+            return {}
+        device = next(model.parameters()).device
+        sums: dict[str, float] = {}
+        for step in range(HELD_OUT_BATCHES):
+            batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(step).items()}
+            loss, metrics = model.loss(batch, torch.Generator(device).manual_seed(step))
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[f"valid_{name}"] = sums.get(f"valid_{name}", 0.0) + float(value) / HELD_OUT_BATCHES
+        if "valid_cross_entropy" in sums:
+            sums["valid_perplexity"] = math.exp(sums["valid_cross_entropy"])
+        return sums
 
     def _decode(self, tokens: Tensor) -> Tensor:
         return torch.stack([self.tokenizer.decode(row) for row in tokens])
@@ -330,7 +352,10 @@ def load_initial(model: Dynamics, source: Path) -> None:
 
 
 def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
-    """First frames of held-out episodes, ``count`` of each domain (one dataset a domain, in the model's order)."""
+    """First frames of test episodes, ``count`` of each domain (one dataset a domain, in the model's order).
+
+    A dataset without test episodes gives its first ones.
+    """
     frames, agent_pos, states, seeds, domains = [], [], [], [], []
     for index, dataset in enumerate(datasets):
         chosen = dataset.split("test") if dataset.masks.get("test") else list(range(len(dataset)))
@@ -393,7 +418,12 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     shares = mixture_probabilities({name: len(cache.tokens) for name, cache in zip(names, caches, strict=True)})
     batches = ClipBatches(caches, domains, clips, mixture=list(shares.values()))
     success = (2, LIFT_HEIGHT) if options.task == "lift" else None
-    validation = OpenLoopValidation(tokenizer, caches, domains, success=success)
+    long_enough = all(
+        (np.diff(cache.starts_N1)[cache.episodes("valid")] > clips.frames * domain.stride).any()
+        for cache, domain in zip(caches, domains, strict=True)
+    )
+    held_out = ClipBatches(caches, domains, clips, split="valid") if long_enough else None
+    validation = OpenLoopValidation(held_out, tokenizer, caches, domains, success=success)
     loop = train_config(options, config)
     result = train(model, batches, loop, evaluate=validation)
     with result.ema.applied_to(model):
@@ -405,7 +435,10 @@ def write_checkpoint(
     options: DynamicsOptions, tokenizer: Tokenizer, model: Dynamics, datasets: Sequence[Dataset], scores: dict[str, Any]
 ) -> Path:
     """The folder that ``gymnasium.make("HMA-v0", checkpoint=...)`` takes."""
-    sources = [open_dataset(options.starts_data), *datasets[1:]] if options.starts_data is not None else datasets
+    sources = [*datasets]
+    if options.starts_data is not None:
+        sources[0] = open_dataset(options.starts_data)
+        sources[0].masks = {}  # recorded for evaluation only: every episode is held out
     provenance = {
         "recipe": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         "episodes": [len(dataset) for dataset in datasets],

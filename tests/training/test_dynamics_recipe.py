@@ -1,0 +1,225 @@
+"""The dynamics recipe at toy size: two robots in one model, interrupted and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hma_gym.data.cache import load_token_cache
+from hma_gym.data.episodes import Episode
+from hma_gym.data.robomimic_hdf5 import EpisodeWriter, open_dataset
+from hma_gym.data.windows import ClipBatches
+from hma_gym.dynamics.checkpoint import load_checkpoint
+from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument, ResumeError
+from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
+from hma_gym.tokenizers.files import save_tokenizer
+from hma_gym.training import saved_weights
+from hma_gym.training.recipes.dynamics import DynamicsOptions, train_dynamics
+
+SIZE, ROWS = 32, 14
+
+
+def _episode(index: int, action_dim: int, state_dim: int) -> Episode:
+    """A bright square that the first two actions move."""
+    rng = np.random.default_rng((index, action_dim))
+    actions_TA = rng.uniform(-1, 1, (ROWS, action_dim)).astype(np.float32)
+    place_T2 = np.clip(SIZE / 2 + 2 * np.cumsum(actions_TA[:, :2], axis=0), 3, SIZE - 4)
+    images_THWC = np.full((ROWS, SIZE, SIZE, 3), 60, np.uint8)
+    for image_HWC, (x, y) in zip(images_THWC, place_T2.astype(int), strict=True):
+        image_HWC[y - 3 : y + 3, x - 3 : x + 3] = (230, 40, 40)
+    agent_pos_TP = np.tile(place_T2 / SIZE, (1, 2)).astype(np.float32)[:, :state_dim]
+    return Episode(
+        images_THWC=images_THWC,
+        agent_pos_TP=agent_pos_TP,
+        actions_TA=actions_TA,
+        states_TS=np.full((ROWS, action_dim), float(index)),
+        rewards_T=np.zeros(ROWS, np.float32),
+        dones_T=np.arange(ROWS) == ROWS - 1,
+        attrs={"success": False, "seed": index},
+    )
+
+
+def _writer(path: Path, action_dim: int, state_dim: int, episodes: int = 12) -> EpisodeWriter:
+    writer = EpisodeWriter(path, env_args={"env_name": "Own", "type": 1, "env_kwargs": {"control_freq": 10}}, info={})
+    for index in range(episodes):
+        writer.write(index, _episode(index, action_dim, state_dim))
+    return writer
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two datasets, and a tokenizer of each kind with random weights: enough to train a model on its tokens."""
+    folder = tmp_path_factory.mktemp("material")
+    _writer(folder / "small.hdf5", 2, 2).merge()
+    _writer(folder / "large.hdf5", 14, 0).merge()
+    widths: dict[str, Any] = {"encoder_widths": (4, 8, 16), "decoder_widths": (16, 8, 8), "decoder_blocks": (1, 1, 1)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        background = torch.full((SIZE, SIZE, 3), 60, dtype=torch.uint8)
+        save_tokenizer(SoftTokenizer(SoftConfig((SIZE, SIZE), channels=4, **widths), background), folder / "soft")
+        save_tokenizer(VQTokenizer(VQConfig((SIZE, SIZE), **widths), background), folder / "vq")
+    return folder
+
+
+def _options(material: Path, out: Path, **fields: Any) -> DynamicsOptions:
+    settings: dict[str, Any] = {
+        "data": (material / "small.hdf5", material / "large.hdf5"),
+        "tokenizer": material / "soft",
+        "size": "toy",
+        "steps": 9,
+        "batch_size": 3,
+        "frames": 3,
+        "starts": 2,
+        "rollout_share": 0.5,
+        "rollout_max": 3,
+        "action_mask": 0.3,
+    }
+    return DynamicsOptions(out=out, **{**settings, **fields})
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = train_dynamics(_options(material, out))
+    assert result.finished and result.step == 9
+    scores = {
+        f"{name}/{key}" for name in ("small", "large") for key in ("psnr", "psnr_last", "psnr_floor", "delta_psnr")
+    }
+    assert scores | {"valid_loss", "valid_mean_loss", "valid_state_loss"} <= set(result.evaluation)
+    assert "small/state_error" not in result.evaluation  # two dims are no position in space
+    return out
+
+
+def _equal_weights(a: Path, b: Path) -> bool:
+    ours, theirs = saved_weights(a), saved_weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_interrupted_at_five_steps_equals_uninterrupted(
+    material: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, stops = tmp_path / "run", [1, 2, 4, 6, 7]
+    original = ClipBatches.batch
+
+    def interrupted(self: ClipBatches, step: int) -> dict[str, torch.Tensor]:
+        if step + 1 in stops:
+            stops.remove(step + 1)
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(ClipBatches, "batch", interrupted)
+    reached = []
+    for _ in range(6):
+        reached.append(train_dynamics(_options(material, out)).step)
+    assert reached == [1, 2, 4, 6, 7, 9]
+    assert _equal_weights(out, whole)
+    ours, theirs = (load_file(run / "checkpoint" / "dynamics.safetensors") for run in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_checkpoint_has_starts_of_every_domain(material: Path, whole: Path) -> None:
+    checkpoint = load_checkpoint(whole / "checkpoint")
+    assert [domain.name for domain in checkpoint.dynamics.domains] == ["small", "large"]
+    assert [(d.action_dim, d.state_dim) for d in checkpoint.dynamics.domains] == [(2, 2), (14, 0)]
+    assert checkpoint.domain.control_hz == 10.0 and checkpoint.judge is None
+    for index, (name, action_dim) in enumerate((("small", 2), ("large", 14))):
+        bank = checkpoint.starts.of_domain(index)
+        held_out = open_dataset(material / f"{name}.hdf5")[11]  # the only test episode
+        assert len(bank) == 1 and bank.seeds_N.tolist() == [11]
+        assert np.array_equal(bank.frames_NHWC[0], held_out.images_THWC[0])
+        assert bank.states_NS.tolist() == [[11.0] * action_dim]
+    assert "data" not in checkpoint.provenance["recipe"]  # no folder of this machine
+    assert checkpoint.provenance["episodes"] == [12, 12]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_discrete_tokens_go_the_same_way(material: Path, tmp_path: Path, stride: int) -> None:
+    options = _options(
+        material,
+        tmp_path / "run",
+        data=(material / "small.hdf5",),
+        tokenizer=material / "vq",
+        steps=2,
+        rollout_share=0.0,
+        stride=stride,
+    )
+    result = train_dynamics(options)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert checkpoint.tokenizer.kind == checkpoint.dynamics.head.kind == "vq"
+    assert checkpoint.dynamics.action_size == 2 * stride
+    assert {"psnr", "delta_psnr", "valid_perplexity", "valid_changed_accuracy"} <= set(result.evaluation)
+    assert 1.0 < result.evaluation["valid_perplexity"] <= 1100.0  # untrained: nearly uniform over 1000 codes
+
+
+def test_warm_start(material: Path, whole: Path, tmp_path: Path) -> None:
+    """From a run's averaged weights, and from its checkpoint: the first steps begin where the other ended."""
+    for source in (whole, whole / "checkpoint"):
+        out = tmp_path / source.name
+        train_dynamics(_options(material, out, steps=1, init=source, lr=1e-9, muon_lr=1e-9))
+        ours, theirs = saved_weights(out), saved_weights(whole)
+        for name in theirs.keys() - {"head.residual_rms"}:  # a running statistic goes on
+            torch.testing.assert_close(ours[name], theirs[name], rtol=2e-3, atol=1e-4)
+    with pytest.raises(CheckpointError, match="does not fit this model.*same size"):
+        train_dynamics(_options(material, tmp_path / "other", init=whole, data=(material / "small.hdf5",)))
+
+
+def test_a_growing_dataset_is_encoded_once_and_keeps_its_statistics(material: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "grows.hdf5", tmp_path / "run"
+    _writer(data, 2, 2, episodes=12)
+    options = _options(material, out, data=(data,), steps=2, rollout_share=0.0)
+    train_dynamics(options)
+    domains = (out / "domains.json").read_text()
+    before = load_token_cache(out / "grows.tokens.h5")
+    _writer(data, 2, 2, episodes=14)
+    train_dynamics(options)
+    after = load_token_cache(out / "grows.tokens.h5")
+    assert (len(before), len(after)) == (12, 14)
+    assert np.array_equal(after.tokens[: len(before.tokens)], before.tokens)
+    assert (out / "domains.json").read_text() == domains
+
+
+def test_data_that_disagrees_with_its_run_is_refused(material: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "saved")
+    _writer(tmp_path / "small.hdf5", 3, 2).merge()
+    (run / "small.tokens.h5").unlink()
+    other = (tmp_path / "small.hdf5", material / "large.hdf5")
+    with pytest.raises(DatasetError, match="'small' has 2 dims of actions, the dataset 3"):
+        train_dynamics(_options(material, run, data=other))
+    with pytest.raises(DatasetError, match=r"of a run on the domains \['small', 'large'\], got \['small'\]"):
+        train_dynamics(_options(material, run, data=(material / "small.hdf5",)))
+
+
+def test_tokens_of_another_tokenizer_are_refused(material: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with pytest.raises(DatasetError, match="made with another tokenizer"):
+        train_dynamics(_options(material, run, tokenizer=material / "vq"))
+
+
+def test_another_configuration_does_not_resume(material: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with pytest.raises(ResumeError, match="rollout_max"):
+        train_dynamics(_options(material, run, rollout_max=2))
+
+
+def test_options_are_checked(material: Path, tmp_path: Path) -> None:
+    twice = (material / "small.hdf5", material / "small.hdf5")
+    with pytest.raises(InvalidArgument, match="different names"):
+        train_dynamics(_options(material, tmp_path, data=twice))
+    with pytest.raises(InvalidArgument, match="one a dataset"):
+        _options(material, tmp_path, names=("a",))
+    with pytest.raises(InvalidArgument, match="one or more dataset files"):
+        _options(material, tmp_path, data=())
+    with pytest.raises(DatasetError, match="longer than a clip"):
+        train_dynamics(_options(material, tmp_path, frames=30))
