@@ -90,3 +90,22 @@ def test_spaces_rate_and_horizon_are_those_of_the_ground_truth(
     assert env.metadata["render_fps"] == task.control_hz
     truth = gymnasium.spec(f"GroundTruth-{task.id_stem}-v0")
     assert gymnasium.spec(learned_id).max_episode_steps == truth.max_episode_steps == task.horizon
+
+
+@pytest.mark.gl
+@pytest.mark.parametrize("obs_type", OBS_TYPES)
+@pytest.mark.parametrize("learned_id", LEARNED)
+def test_what_a_policy_sees_is_the_same_in_the_ground_truth(
+    learned_id: str, arguments: dict[str, Any], obs_type: Any
+) -> None:
+    learned = gymnasium.make(learned_id, obs_type=obs_type, **arguments)
+    size = learned.unwrapped.world.image_size[0]
+    truth = gymnasium.make(f"GroundTruth-{LEARNED[learned_id].id_stem}-v0", obs_type=obs_type, image_size=size)
+    assert learned.observation_space == truth.observation_space and learned.action_space == truth.action_space
+    assert learned.metadata == truth.metadata and learned.render_mode == truth.render_mode
+    (_, a), (_, b) = learned.reset(seed=0), truth.reset(seed=0)
+    assert {k: type(v) for k, v in a.items()} == {k: type(v) for k, v in b.items()}
+    action = np.zeros(learned.action_space.shape, np.float32)
+    mine, theirs = learned.step(action), truth.step(action)
+    assert [type(x) for x in mine] == [type(x) for x in theirs] and mine[4].keys() == theirs[4].keys()
+    assert learned.render().shape == truth.render().shape
