@@ -77,11 +77,15 @@ def test_the_installed_wheel_works_outside_the_repository(installed: Path, tmp_p
         "print(hma_gym.__file__)\n"
         "print(gymnasium.spec('GroundTruth-Lift-v0').entry_point)\n"
         "print(gymnasium.spec('HMA-Lift-v0').vector_entry_point)\n"
+        "env = gymnasium.make('HMA-Lift-v0')\n"
+        "env.reset(seed=0)\n"
+        "print(env.step(env.action_space.sample())[0].shape)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     lines = run([sys.executable, "-c", program], cwd=tmp_path, env=environment).splitlines()
     assert Path(lines[0]).is_relative_to(installed)
-    assert lines[1:] == ["hma_gym.envs.ground_truth:GroundTruthEnv", "hma_gym.envs.vector:HMAVectorEnv"]
+    assert lines[1:3] == ["hma_gym.envs.ground_truth:GroundTruthEnv", "hma_gym.envs.vector:HMAVectorEnv"]
+    assert lines[3] == "(64, 64, 3)"
     command = run([str(installed / "bin" / "hma-gym"), "--help"], cwd=tmp_path, env=environment)
     assert "usage: hma-gym" in command
 
