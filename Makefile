@@ -7,7 +7,6 @@ WORKERS ?= 2
 ARGS ?=
 
 export MUJOCO_GL ?= egl
-export OMP_NUM_THREADS ?= 1
 export PYTHON
 
 .PHONY: help install lint format test demo clean
@@ -38,8 +37,6 @@ format: install
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# The demonstration uses every core; only the tests hold each worker to one thread.
-demo: export OMP_NUM_THREADS :=
 demo: install
 	$(BIN)/hma-gym demo $(ARGS)
 
