@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hma_gym.benchmarks.fidelity import scene_background
+from hma_gym.benchmarks.fidelity import scene_frames
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.dynamics.checkpoint import load_checkpoint
 from hma_gym.evaluation.endurance import (
@@ -28,6 +28,7 @@ from hma_gym.evaluation.held_out import load_held_out
 from hma_gym.evaluation.open_loop import device_of
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.evaluation.strips import Panel, Strip, draw_sheet
+from hma_gym.metrics.video import background_image
 
 SHEET_STEPS = 12
 
@@ -87,12 +88,13 @@ def endurance(config: EnduranceConfig) -> EnduranceReport:
     checkpoint = load_checkpoint(config.checkpoint, device=config.device)
     dataset = open_dataset(config.data)
     held_out = load_held_out(dataset, split=config.split, episodes=config.rollouts, rows=config.rows, seed=config.seed)
-    background = scene_background(dataset)
+    scene = scene_frames(dataset)
+    background = background_image(scene)
     rollouts = long_rollouts(checkpoint, held_out, steps=config.steps, seed=config.seed, progress=config.progress)
     report = measure_endurance(
         rollouts,
         background_HWC=background,
-        static_HW=static_pixels(torch.from_numpy(held_out.frames_BTHWC).flatten(0, 1), background),
+        static_HW=static_pixels(scene, background),
         object_start_B3=held_out.object_BT3[:, 0],
     )
     config.out.mkdir(parents=True, exist_ok=True)

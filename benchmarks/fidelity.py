@@ -68,12 +68,12 @@ class FidelityConfig:
     progress: bool = True
 
 
-def scene_background(dataset: Dataset, episodes: int = 60, rows_each: int = 4) -> torch.Tensor:
-    """The median image of the training split: the scene with the moving things gone."""
+def scene_frames(dataset: Dataset, episodes: int = 120, rows_each: int = 8) -> torch.Tensor:
+    """Real frames spread over the training episodes (any, in a dataset without them): (N, H, W, 3) uint8."""
     chosen = dataset.split("train")[:episodes] or list(range(min(episodes, len(dataset))))
     frames = [dataset[position].images_THWC for position in chosen]
     spread = [images[np.linspace(0, len(images) - 1, rows_each).astype(int)] for images in frames]
-    return background_image(torch.from_numpy(np.concatenate(spread)))
+    return torch.from_numpy(np.concatenate(spread))
 
 
 def choose_judge(name: str | None, own: Judge | None) -> Judge | None:
@@ -103,7 +103,7 @@ def fidelity(config: FidelityConfig) -> Measured:
         checkpoint,
         held_out,
         settings,
-        background_HWC=scene_background(dataset),
+        background_HWC=background_image(scene_frames(dataset)),
         judge=choose_judge(config.judge, checkpoint.judge),
     )
     facts = provenance(device_of(checkpoint))

@@ -20,7 +20,7 @@ from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.fidelity import random_actions, rollout_seeds
 from hma_gym.evaluation.held_out import HeldOut
 from hma_gym.evaluation.open_loop import Generated, generate
-from hma_gym.metrics.video import PEAK, PSNR_CAP
+from hma_gym.metrics.video import PEAK, PSNR_CAP, foreground_mask
 
 REFERENCE_STEP = 20
 """Drift is measured from here: the first frames are nearer to the real start than any long rollout can be."""
@@ -114,10 +114,9 @@ def long_rollouts(
     return LongRollouts(names, start, generated)
 
 
-def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24, share: float = 0.005) -> Tensor:
-    """Pixels that real frames hardly ever see differ from the background: (H, W) bool."""
-    difference = (frames_NHWC.to(torch.int16) - background_HWC.to(torch.int16)).abs().amax(dim=-1)
-    return (difference > threshold).float().mean(dim=0) <= share
+def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24) -> Tensor:
+    """Pixels in which no real frame differs from the background by more than ``threshold``: (H, W) bool."""
+    return ~foreground_mask(frames_NHWC, background_HWC, threshold).any(dim=0)
 
 
 def background_psnr(frames: Tensor, background_HWC: Tensor, static_HW: Tensor) -> Tensor:

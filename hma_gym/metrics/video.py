@@ -8,6 +8,8 @@ Shape legend: ``...`` leading dims (batch, time), H height, W width, C channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,9 +65,29 @@ def foreground_mask(frames: Tensor, background_HWC: Tensor, threshold: int = 24)
     return difference.abs().amax(dim=-1) > threshold
 
 
-def background_image(frames_NHWC: Tensor) -> Tensor:
-    """The per-pixel, per-channel median over N frames: what the camera sees once the moving things are gone."""
-    return frames_NHWC.median(dim=0).values
+def background_image(frames_NHWC: Tensor, share: float = 0.2) -> Tensor:
+    """What the camera sees once the moving things are gone: each pixel's most usual colour over N frames.
+
+    Of each pixel's N brightnesses, sorted, the narrowest run that holds ``share`` of them is taken, and the mean colour
+    of its frames. Unlike the median this is right also where a moving thing stands most of the time, as long as its
+    shade changes more than the background's.
+
+    Args:
+        frames_NHWC: uint8, spread over many episodes.
+        share: of the frames, in (0, 1], in which the background must be seen in a pixel.
+
+    Returns:
+        (H, W, C) uint8.
+    """
+    count = len(frames_NHWC)
+    run = min(count, max(1, math.ceil(share * count)))
+    brightness_NHW = frames_NHWC.float().sum(dim=-1)
+    sorted_NHW, order_NHW = brightness_NHW.sort(dim=0)
+    widths = sorted_NHW[run - 1 :] - sorted_NHW[: count - run + 1]
+    first_HW = widths.argmin(dim=0)
+    inside = first_HW + torch.arange(run, device=frames_NHWC.device)[:, None, None]
+    chosen = order_NHW.gather(0, inside)[..., None].expand(-1, -1, -1, frames_NHWC.shape[-1])
+    return frames_NHWC.gather(0, chosen).float().mean(dim=0).round().to(torch.uint8)
 
 
 def foreground_psnr(reference: Tensor, test: Tensor, background_HWC: Tensor, threshold: int = 24) -> Tensor:

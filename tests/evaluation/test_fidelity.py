@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hma_gym.benchmarks.fidelity import FidelityConfig, fidelity, scene_background
+from hma_gym.benchmarks.fidelity import FidelityConfig, fidelity, scene_frames
 from hma_gym.data.robomimic_hdf5 import Dataset
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.errors import DatasetError, InvalidArgument
@@ -26,7 +26,7 @@ from hma_gym.evaluation.fidelity import (
 from hma_gym.evaluation.fidelity_report import judge_criteria, to_markdown
 from hma_gym.evaluation.held_out import category_at_end, load_held_out
 from hma_gym.evaluation.open_loop import generate, reconstruct
-from hma_gym.metrics.video import PSNR_CAP, psnr
+from hma_gym.metrics.video import PSNR_CAP, background_image, psnr
 
 SETTINGS = FidelitySettings(steps=6, last_steps=2, random_sequences=2, batch=3, progress=False)
 
@@ -83,7 +83,7 @@ def test_batching_changes_nothing(checkpoint: Checkpoint, toy_dataset: Dataset) 
 
 def test_the_report_agrees_with_its_parts(checkpoint: Checkpoint, toy_dataset: Dataset) -> None:
     held_out = load_held_out(toy_dataset, split="test", episodes=4, rows=8)
-    background = scene_background(toy_dataset)
+    background = background_image(scene_frames(toy_dataset))
     measured = measure_fidelity(checkpoint, held_out, SETTINGS, background_HWC=background, judge=HeightJudge())
     report = measured.report
     truth = torch.from_numpy(held_out.frames_BTHWC)
@@ -129,7 +129,7 @@ def test_delta_psnr_on_some_of_the_episodes(checkpoint: Checkpoint, toy_dataset:
 def test_cube_errors_come_from_a_judge_that_locates(checkpoint: Checkpoint, toy_dataset: Dataset) -> None:
     held_out = load_held_out(toy_dataset, split="test", episodes=2, rows=8)
     settings = dataclasses.replace(SETTINGS, random_sequences=0)
-    background = scene_background(toy_dataset)
+    background = background_image(scene_frames(toy_dataset))
     with_position = measure_fidelity(
         checkpoint, held_out, settings, background_HWC=background, judge=checkpoint.judge
     ).report
@@ -154,7 +154,11 @@ def test_too_few_rows_are_refused(checkpoint: Checkpoint, toy_dataset: Dataset) 
     held_out = load_held_out(toy_dataset, split="test", episodes=2, rows=4)
     with pytest.raises(InvalidArgument, match="at least 7 rows, got 4"):
         measure_fidelity(
-            checkpoint, held_out, SETTINGS, background_HWC=scene_background(toy_dataset), judge=HeightJudge()
+            checkpoint,
+            held_out,
+            SETTINGS,
+            background_HWC=background_image(scene_frames(toy_dataset)),
+            judge=HeightJudge(),
         )
 
 

@@ -91,11 +91,22 @@ def test_foreground_psnr_of_an_empty_scene_is_nan() -> None:
     assert torch.isnan(video.foreground_psnr(background, background + 3, background[0])).all()
 
 
-def test_background_is_the_median() -> None:
+def test_background_is_the_most_usual_colour() -> None:
     frames = torch.full((7, 8, 8, 3), 90, dtype=torch.uint8)
     for i in range(7):
         frames[i, i] = 255
     assert torch.equal(video.background_image(frames), torch.full((8, 8, 3), 90, dtype=torch.uint8))
+
+
+def test_background_is_found_behind_what_is_mostly_in_front() -> None:
+    frames = torch.full((40, 4, 4, 3), 200, dtype=torch.uint8) + (torch.arange(40) % 3)[:, None, None, None].to(
+        torch.uint8
+    )
+    shades = torch.linspace(20, 150, 24).to(torch.uint8)
+    frames[:24, 1, 1] = shades[:, None]  # 60 percent of the time, in changing shades
+    found = video.background_image(frames)
+    assert ((found.int() - 201).abs() <= 1).all()
+    assert torch.equal(video.background_image(frames[:1]), frames[0])
 
 
 def test_delta_psnr_is_zero_for_a_model_deaf_to_actions() -> None:
