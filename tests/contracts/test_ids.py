@@ -66,6 +66,23 @@ def test_same_seed_same_episode(learned_id: str, arguments: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("learned_id", ALL)
+def test_a_row_does_not_feel_its_neighbours(learned_id: str, arguments: dict[str, Any]) -> None:
+    envs = gymnasium.make_vec(learned_id, num_envs=3, obs_type="pixels_agent_pos", **arguments)
+    runs = []
+    for neighbours in (1, 2):
+        rng, mine = np.random.default_rng(neighbours), np.random.default_rng(0)
+        envs.reset(seed=[0, 10 * neighbours, 20 * neighbours])
+        for t in range(5):
+            if t == 2 * neighbours:
+                envs.reset(options={"reset_mask": np.array([False, True, neighbours == 2])})
+            others = rng.uniform(-1, 1, (2, *envs.single_action_space.shape))
+            observations, *_, infos = envs.step(np.concatenate((mine.uniform(-1, 1, (1, others.shape[1])), others)))
+        runs.append((observations["pixels"], observations["agent_pos"], infos["success_probability"]))
+    for a, b in zip(*runs, strict=True):
+        assert np.array_equal(a[0], b[0]) and not np.array_equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("learned_id", ALL)
 def test_the_native_vector_env_without_a_warning(learned_id: str, arguments: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
