@@ -74,10 +74,31 @@ def repeat_frames(frames_BKCHW: Tensor, generator: torch.Generator, share: float
     return torch.where(chosen.view(-1, 1, 1, 1, 1), frames_BKCHW[:, -1:], frames_BKCHW)
 
 
+def fade_red(
+    frames_BKCHW: Tensor, background_CHW: Tensor, generator: torch.Generator, share: float = 0.25, gone: float = 0.75
+) -> tuple[Tensor, Tensor]:
+    """Let what is red (Lift's cube) fade into the empty scene, as it does in a generated video that forgets it.
+
+    Args:
+        frames_BKCHW: float frames in [-1, 1].
+        background_CHW: the empty scene, same scale.
+        generator: of the random choices.
+        share: of the windows; each fades by its own amount, uniform in [0, 1].
+        gone: from this amount on the object cannot be seen.
+
+    Returns:
+        The frames, and (B,) bool: where the object is gone. Success must be seen, so there is none there.
+    """
+    amount = _strength(frames_BKCHW, generator, share)
+    redness = frames_BKCHW[:, :, 0] - torch.maximum(frames_BKCHW[:, :, 1], frames_BKCHW[:, :, 2])
+    mask = F.max_pool2d((redness > 0.12).float(), 3, stride=1, padding=1)[:, :, None]
+    return torch.lerp(frames_BKCHW, background_CHW.expand_as(frames_BKCHW), amount * mask), amount.flatten() >= gone
+
+
 def augment(frames_BKCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """All of the above, in the order in which a renderer, a decoder and a file would do them."""
+    """All damage that leaves the truth as it is, in the order in which a renderer, a decoder and a file would do it."""
     damaged = repeat_frames(frames_BKCHW, generator)
     damaged = change_light(damaged, generator)
-    damaged = blur(damaged, generator)
+    damaged = blur(blur(damaged, generator), generator)
     damaged = compress_blocks(damaged, generator)
     return add_noise(damaged, generator).clamp(-1.0, 1.0)

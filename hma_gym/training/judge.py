@@ -7,7 +7,8 @@ config, calibrated) and ``report.json`` (accuracy, precision, recall, Brier scor
 
 Half of each batch shows the object within 3 cm of the height that decides, where the errors are; half is drawn evenly.
 Some windows are shown as the tokenizer gives them back, with noise in the tokens, and all are damaged
-(:mod:`hma_gym.judges.augment`), so that generated frames are not foreign.
+(:mod:`hma_gym.judges.augment`), so that generated frames are not foreign. In some the object fades into the scene:
+where it cannot be seen there is no success.
 
 Shape legend: B windows, K window, F rows, N episodes, H W C image.
 """
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
-from hma_gym.judges.augment import augment
-from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, save_judge
+from hma_gym.judges.augment import augment, fade_red
+from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, load_judge, save_judge
 from hma_gym.judges.rows import LabelledRows, label_rows
 from hma_gym.metrics.calibration import BinaryReport, binary_report
+from hma_gym.metrics.video import background_image
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import (
@@ -53,6 +55,7 @@ class JudgeTrainConfig:
         out: the run's folder.
         tokenizer: folder of a trained tokenizer, whose round trips the judge shall know; None for real frames only.
         test_data: another dataset, all of whose episodes are the test; None for the test split of ``data``.
+        init: folder of a trained judge of the same shape to start from, instead of random weights.
         minutes: wall-clock time of training.
         steps: length in optimiser steps instead of minutes (exactly resumable).
         batch_size: windows per step.
@@ -66,6 +69,7 @@ class JudgeTrainConfig:
         token_noise: standard deviation added to soft tokens in those (in units of the tokens' own).
         decision_height: height of the object (m) that separates success from failure; rows near it are shown more
             often. None shows all rows evenly.
+        fade_red: let the object, which is red, fade in some of the windows.
         position_weight: weight of the position loss beside the verdict's.
         threads: torch threads.
         seed: of everything random.
@@ -76,6 +80,7 @@ class JudgeTrainConfig:
     out: Path
     tokenizer: Path | None = None
     test_data: Path | None = None
+    init: Path | None = None
     minutes: float = 6.0
     steps: int | None = None
     batch_size: int = 64
@@ -88,6 +93,7 @@ class JudgeTrainConfig:
     roundtrip_episodes: int = 150
     token_noise: float = 0.2
     decision_height: float | None = 0.84
+    fade_red: bool = True
     position_weight: float = 0.5
     threads: int = 1
     seed: int = 0
@@ -119,23 +125,35 @@ class JudgeTrainResult:
 
 
 class JudgeTraining(nn.Module):
-    """The classifier with its loss, for :func:`hma_gym.training.loop.train`."""
+    """The classifier with its loss, for :func:`hma_gym.training.loop.train`.
 
-    def __init__(self, judge: ClassifierJudge, position_weight: float) -> None:
+    Args:
+        judge: what is trained.
+        position_weight: weight of the position loss beside the verdict's.
+        background_CHW: the empty scene in [-1, 1], into which a red object fades at times; None for no fading.
+    """
+
+    def __init__(self, judge: ClassifierJudge, position_weight: float, background_CHW: Tensor | None) -> None:
         super().__init__()
         self.judge = judge
         self.position_weight = position_weight
+        self.register_buffer("background_CHW", background_CHW, persistent=False)
+        self.background_CHW: Tensor | None
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the verdict plus the Huber loss of the standardised position where it is known."""
         frames_BKCHW = batch["frames_BKHWC"].permute(0, 1, 4, 2, 3).float() * (2 / 255) - 1
+        success_B, place_B3 = batch["success_B"].float(), batch["position_B3"]
         with torch.autocast(frames_BKCHW.device.type, enabled=False):
+            if self.background_CHW is not None:
+                frames_BKCHW, gone_B = fade_red(frames_BKCHW, self.background_CHW, generator)
+                success_B = success_B.masked_fill(gone_B, 0.0)
+                place_B3 = place_B3.masked_fill(gone_B[:, None], float("nan"))
             damaged_BKCHW = augment(frames_BKCHW, generator)
         logit_B, position_B3 = self.judge(damaged_BKCHW)
         logit_B, position_B3 = logit_B.float(), position_B3.float()
-        success_B = batch["success_B"].float()
         verdict_loss = F.binary_cross_entropy_with_logits(logit_B, success_B)
-        target_B3 = (batch["position_B3"] - self.judge.position_mean) / self.judge.position_std
+        target_B3 = (place_B3 - self.judge.position_mean) / self.judge.position_std
         known_B3 = torch.isfinite(target_B3)
         distance_B3 = F.smooth_l1_loss(position_B3, target_B3.nan_to_num(), beta=0.1, reduction="none")
         position_loss = (distance_B3 * known_B3).sum() / known_B3.sum().clamp_min(1)
@@ -276,7 +294,7 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
             f"{str(config.data)!r}: all {len(train_rows.success_F)} training rows have one outcome; a judge needs "
             "episodes with success and with failure."
         )
-    model = JudgeTraining(ClassifierJudge(_shape(config, train_rows)), config.position_weight)
+    model = JudgeTraining(_fresh_judge(config, train_rows), config.position_weight, _scene(config, train_rows))
     coded = None
     if tokenizer is not None and config.roundtrip_episodes > 0:
         rows = int(train_rows.last_N[: config.roundtrip_episodes][-1]) + 1
@@ -317,6 +335,22 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
             f"(median); written to {measured.folder}"
         )
     return measured
+
+
+def _fresh_judge(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierJudge:
+    """Random weights, or those of ``config.init`` without its calibration, ready to be trained."""
+    if config.init is None:
+        return ClassifierJudge(_shape(config, rows))
+    return load_judge(config.init).calibrated(1.0, 0.5).train().requires_grad_(True)
+
+
+def _scene(config: JudgeTrainConfig, rows: LabelledRows, most: int = 1000) -> Tensor | None:
+    """The empty scene (C, H, W) in [-1, 1], from frames spread over all rows; None where nothing fades."""
+    if not config.fade_red:
+        return None
+    spread = np.linspace(0, len(rows.frames_FHWC) - 1, min(most, len(rows.frames_FHWC))).astype(np.int64)
+    background_HWC = background_image(torch.from_numpy(rows.frames_FHWC[spread]))
+    return background_HWC.permute(2, 0, 1).float() * (2 / 255) - 1
 
 
 def _shape(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierConfig:

@@ -36,6 +36,7 @@ def _config(data: Path, out: Path, **changes: object) -> JudgeTrainConfig:
         "channels": (8, 8, 16),
         "width": 32,
         "decision_height": 0.85,
+        "fade_red": False,
         "progress": False,
         **changes,
     }
@@ -105,6 +106,26 @@ def test_round_trips_enter_the_batches(toy_data: Path, tmp_path: Path) -> None:
 def test_data_without_success_is_refused(data_without_success: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="one outcome"):
         train_judge(_config(data_without_success, tmp_path / "out"))
+
+
+def test_what_is_red_fades_and_is_then_no_success() -> None:
+    scene = torch.zeros(3, 16, 16)
+    frames = scene.expand(64, 2, -1, -1, -1).clone()
+    frames[..., 0, 4:7, 4:7] = 0.8
+    faded, gone = augment.fade_red(frames, scene, torch.Generator().manual_seed(0), share=1.0)
+    left = faded[:, 0, 0, 5, 5] / 0.8
+    assert torch.equal(gone, left <= 0.25) and gone.any() and not gone.all()
+    assert torch.equal(faded[..., 10:, :], frames[..., 10:, :])
+    same, none = augment.fade_red(frames, scene, torch.Generator().manual_seed(0), share=0.0)
+    assert torch.equal(same, frames) and not none.any()
+
+
+def test_training_goes_on_from_a_judge(toy_data: Path, tmp_path: Path) -> None:
+    first = train_judge(_config(toy_data, tmp_path / "first", steps=60))
+    second = train_judge(_config(toy_data, tmp_path / "second", steps=1, lr=1e-9, init=tmp_path / "first"))
+    assert second.judge.config.position_mean == first.judge.config.position_mean
+    for name, tensor in second.judge.state_dict().items():
+        assert torch.allclose(tensor, first.judge.state_dict()[name], atol=1e-3)
 
 
 def test_temperature_and_threshold_undo_a_known_fault() -> None:
