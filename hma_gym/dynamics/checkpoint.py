@@ -202,6 +202,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, half: bool = 
         }
         (work / "README.md").write_text(card or f"# {checkpoint.name}\n")
         (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for path in work.iterdir():  # temporary files begin private; a checkpoint is for sharing
+            path.chmod(0o644)
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

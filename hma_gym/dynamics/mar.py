@@ -45,7 +45,7 @@ class FlowHeadConfig:
     flow_width: int = 256
     flow_layers: int = 3
     flow_steps: int = 4
-    noise_max: float = 0.2
+    noise_max: float = 0.1
     flow_weight: float = 0.2
 
     def __post_init__(self) -> None:

@@ -41,6 +41,12 @@ from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, Trun
 
 Conditioning = Literal["shifted", "in_place"]
 
+#: Scales at which a position is shown as sine and cosine, each twice as fine as the one before.
+POSE_OCTAVES = 4
+
+#: Width of the small network that foretells the next agent_pos from motion and action.
+COAST_WIDTH = 128
+
 
 @dataclass(frozen=True)
 class DynamicsConfig:
@@ -55,7 +61,7 @@ class DynamicsConfig:
         temperature: of sampling; 0 is greedy.
         mask_full, mask_minimum: share of training frames that are wholly masked, and the least ratio of the others.
         action_mask: share of training rows whose actions are hidden (passive, policy and full dynamics).
-        state_noise: corruption of the previous agent_pos, in units of one step's standard change.
+        state_noise: largest constant offset of the previous agent_pos (drift), in units of one step's standard change.
         rollout_share: share of training batches whose inputs are the model's own rollouts.
         rollout_max: longest own rollout before the training clip ends, in frames.
         state_weight, target_weight, action_weight: weights of these losses beside the tokens'.
@@ -70,7 +76,7 @@ class DynamicsConfig:
     mask_full: float = 0.8
     mask_minimum: float = 0.5
     action_mask: float = 0.05
-    state_noise: float = 0.5
+    state_noise: float = 0.3
     rollout_share: float = 0.0
     rollout_max: int = 32
     state_weight: float = 0.5
@@ -154,6 +160,27 @@ class ModulationBank(nn.Module):
         return modulation
 
 
+def _silence(layer: nn.Module) -> None:
+    """Let a linear layer begin as zero."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Proprioception of the frame before a column: agent_pos (..., P), its last change (..., P), both in their own
+    units, and whether that change is known (...) bool: not at the first frame of a clip or rollout."""
+
+    agent_pos: Tensor
+    motion: Tensor
+    moved: Tensor
+
+    def rows(self, rows: Tensor | slice) -> Pose:
+        """Of some rows only."""
+        return Pose(self.agent_pos[rows], self.motion[rows], self.moved[rows])
+
+
 class DomainAdapter(nn.Module):
     """What belongs to one embodiment: action stem, modulation, and the heads for state, action and targets."""
 
@@ -174,16 +201,27 @@ class DomainAdapter(nn.Module):
         self.no_action = nn.Parameter(torch.zeros(width))
         self.modulation = ModulationBank(config.trunk)
         self.state_in = nn.Linear(max(domain.state_dim, 1), width)
+        pose_size = 2 * domain.state_dim * (1 + POSE_OCTAVES) + 1
+        self.pose = nn.Sequential(nn.Linear(pose_size, width), nn.SiLU(), nn.Linear(width, width))
+        self.coast: nn.Sequential | None = None
+        if domain.state_dim:
+            self.coast = nn.Sequential(
+                nn.Linear(pose_size + self.action_size + 1, COAST_WIDTH),
+                nn.SiLU(),
+                nn.Linear(COAST_WIDTH, COAST_WIDTH),
+                nn.SiLU(),
+                nn.Linear(COAST_WIDTH, domain.state_dim),
+            )
+            _silence(self.coast[4])
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
         self.action_out = nn.Linear(width, max(self.action_size, 1))
         self.target_out = nn.Linear(width, max(domain.target_dim, 1))
-        for readout in (self.state_out, self.action_out, self.target_out):
-            nn.init.zeros_(readout.weight)
-            nn.init.zeros_(readout.bias)
+        for last in (self.state_out, self.action_out, self.target_out, self.pose[2]):
+            _silence(last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to its width (or a multiple of it)."""
-        weights = [weight_of(self.stem[2]), self.modulation.out]
+        weights = [weight_of(self.stem[2]), weight_of(self.pose[2]), self.modulation.out]
         if self.modulation.hidden is not None:
             weights.append(self.modulation.hidden)
         return weights
@@ -228,12 +266,34 @@ class DomainAdapter(nn.Module):
         embedded: Tensor = self.state_in(agent_pos)
         return embedded
 
-    def next_state(self, feature: Tensor, agent_pos: Tensor) -> Tensor:
-        """The state head: (..., D) and the previous agent_pos (..., P) -> the next one, in its own units."""
+    def pose_features(self, pose: Pose) -> Tensor:
+        """(..., pose_size): position, its sines and cosines at several scales, and the last change where known.
+
+        A position in half precision is too coarse to tell a velocity by subtraction, so the change is an input of its
+        own, in units of its standard deviation; and the sines tell positions finer than the pictures do.
+        """
+        P, known = self.domain.state_dim, pose.moved[..., None]
+        position = (pose.agent_pos[..., :P] - self.get_buffer("state_mean")) / self.get_buffer("state_std")
+        motion = torch.where(known, pose.motion[..., :P] / self.get_buffer("delta_std"), 0.0)
+        angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(POSE_OCTAVES)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        return torch.cat((position, motion, *waves, known.to(position.dtype)), dim=-1)
+
+    def coasted(self, pose: Pose, features: Tensor, action: Tensor, given: Tensor) -> Tensor:
+        """The next agent_pos (..., P) as far as motion and action alone tell, without the picture; own units."""
+        if self.coast is None:
+            return pose.agent_pos[..., :0]
+        known = given[..., None]
+        inputs = torch.cat((features, torch.where(known, action, 0.0), known.to(features.dtype)), dim=-1)
+        change: Tensor = self.coast(inputs).float() * self.get_buffer("delta_std")
+        return pose.agent_pos[..., : self.domain.state_dim] + change
+
+    def next_state(self, feature: Tensor, coasted: Tensor) -> Tensor:
+        """The state head: (..., D) and :meth:`coasted` (..., P) -> the next agent_pos, in its own units."""
         if self.domain.state_dim == 0:
-            return agent_pos
-        change: Tensor = self.state_out(feature).float() * self.get_buffer("delta_std")
-        return agent_pos + change
+            return coasted
+        correction: Tensor = self.state_out(feature).float() * self.get_buffer("delta_std")
+        return coasted + correction
 
     def targets(self, feature: Tensor) -> Tensor:
         """The auxiliary head: (..., D) -> privileged targets (..., X), in their own units."""
@@ -254,12 +314,38 @@ def _is_reserved(name: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """What the trunk is told of some frames beside their tokens.
+
+    Attributes:
+        modulation: (B, T, L, M, D).
+        extra: the extra positions, (B, T, Z, D).
+        coasted: next agent_pos by motion and action alone, (B, T, P), own units.
+    """
+
+    modulation: Tensor
+    extra: Tensor
+    coasted: Tensor
+
+
+@dataclass(frozen=True)
 class Columns:
-    """The trunk's output for some frames: token positions, the state position, and the pooled feature."""
+    """The trunk's output for some frames: token positions, the state position, the pooled feature, and the agent_pos
+    that motion and action alone foretell."""
 
     tokens_BTND: Tensor
     state_BTD: Tensor
     pooled_BTD: Tensor
+    coasted_BTP: Tensor
+
+    def after(self, frames: int) -> Columns:
+        """Without the first frames."""
+        return Columns(
+            self.tokens_BTND[:, frames:],
+            self.state_BTD[:, frames:],
+            self.pooled_BTD[:, frames:],
+            self.coasted_BTP[:, frames:],
+        )
 
 
 class Dynamics(nn.Module):
@@ -349,30 +435,53 @@ class Dynamics(nn.Module):
             result[rows, :, : adapter.action_size] = adapter.normalise_action(actions[rows, :, : adapter.action_size])
         return result
 
-    def _condition(
-        self, actions_BTA: Tensor, given_BT: Tensor, agent_pos_BTP: Tensor, domain_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Modulation (B, T, L, M, D) and extra positions (B, T, Z, D), from normalised actions and raw agent_pos."""
-        parts = []
+    def _condition(self, actions_BTA: Tensor, given_BT: Tensor, pose: Pose, domain_B: Tensor) -> Condition:
+        """Modulation and extra positions from normalised actions and proprioception."""
+        parts: list[tuple[Tensor | slice, Condition]] = []
         for adapter, rows in self._groups(domain_B):
-            action = adapter.embed_action(actions_BTA[rows, :, : adapter.action_size], given_BT[rows])
-            extra = adapter.embed_state(agent_pos_BTP[rows, :, : adapter.domain.state_dim])[:, :, None]
+            chunk, given, own = actions_BTA[rows, :, : adapter.action_size], given_BT[rows], pose.rows(rows)
+            features = adapter.pose_features(own)
+            action = adapter.embed_action(chunk, given)
+            extra = adapter.embed_state(own.agent_pos[..., : adapter.domain.state_dim])[:, :, None]
             if self.config.action_tokens:  # alike but for their position embedding, as in the paper
                 tokens = action[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
                 extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
-            parts.append((rows, adapter.modulation(action), extra))
+            coasted = F.pad(
+                adapter.coasted(own, features, chunk, given), (0, self.state_size - adapter.domain.state_dim)
+            )
+            parts.append((rows, Condition(adapter.modulation(action + adapter.pose(features)), extra, coasted)))
         if len(parts) == 1:
-            return parts[0][1], parts[0][2]
-        order = torch.cat([torch.as_tensor(rows) for rows, _, _ in parts]).argsort()
-        return torch.cat([m for _, m, _ in parts])[order], torch.cat([e for _, _, e in parts])[order]
+            return parts[0][1]
+        order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
+        return Condition(
+            torch.cat([part.modulation for _, part in parts])[order],
+            torch.cat([part.extra for _, part in parts])[order],
+            torch.cat([part.coasted for _, part in parts])[order],
+        )
+
+    def _clip_pose(self, agent_pos_BTP: Tensor) -> Pose:
+        """Proprioception of a clip; the motion is known from the second frame on, and never in place."""
+        motion = torch.zeros_like(agent_pos_BTP)
+        moved = torch.zeros(agent_pos_BTP.shape[:2], dtype=torch.bool, device=agent_pos_BTP.device)
+        if self.config.conditioning == "shifted":
+            motion[:, 1:] = agent_pos_BTP[:, 1:] - agent_pos_BTP[:, :-1]
+            moved[:, 1:] = True
+        return Pose(agent_pos_BTP, motion, moved)
+
+    def _rollout_pose(self, state: RolloutState) -> Pose:
+        """Proprioception of the next column of a rollout, (B, 1, ...)."""
+        moved_B = state.step_B > 0
+        if self.config.conditioning == "in_place":
+            moved_B = torch.zeros_like(moved_B)
+        return Pose(state.agent_pos_BP[:, None], state.motion_BP[:, None], moved_B[:, None])
 
     def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
         return torch.cat((tokens_BTND, extra_BTZD.to(tokens_BTND.dtype)), dim=2) + self.position_embedding
 
-    def _columns(self, x_BTND: Tensor) -> Columns:
+    def _columns(self, x_BTND: Tensor, condition: Condition) -> Columns:
         x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
         n = self.head.positions
-        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2))
+        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2), condition.coasted)
 
     def clip_features(
         self,
@@ -397,11 +506,11 @@ class Dynamics(nn.Module):
         Raises:
             InvalidArgument: learned time positions and a clip longer than the window.
         """
-        modulation, extra = self._condition(actions_BTA, given_BT, agent_pos_BTP, domain_B)
+        condition = self._condition(actions_BTA, given_BT, self._clip_pose(agent_pos_BTP), domain_B)
         x = self.head.embed_current(current, masked_BTN)
         if self.config.conditioning == "shifted":
             x = x + self.head.embed_previous(previous)
-        x = self._inputs(x, extra)
+        x = self._inputs(x, condition.extra)
         if self.time_embedding is not None:
             if x.shape[1] > len(self.time_embedding):
                 raise InvalidArgument(
@@ -409,7 +518,7 @@ class Dynamics(nn.Module):
                     f"positions, got {x.shape[1]}; draw shorter clips or use rotary positions."
                 )
             x = x + self.time_embedding[: x.shape[1]]
-        return self._columns(self.trunk(x, modulation))
+        return self._columns(self.trunk(x, condition.modulation), condition)
 
     # ------------------------------------------------------------------ training
 
@@ -473,7 +582,7 @@ class Dynamics(nn.Module):
         loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], previous, masked, generator)
         targets = batch["targets"][:, start + 1 : start + T + 1] if "targets" in batch else None
         for name, weight, value in self._side_losses(
-            columns, previous_pos, agent_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
+            columns, agent_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
         ):
             loss = loss + weight * value
             metrics[name] = value.detach()
@@ -499,7 +608,7 @@ class Dynamics(nn.Module):
         is_new = predicted_BT.view(*predicted_BT.shape, *(1,) * (tokens.ndim - 2))
         current = torch.cat((previous[:, :1], torch.where(is_new, tokens[:, 1:], shown)), dim=1)
         position = torch.where(predicted_BT[..., None], agent_pos_BTP, shown_pos)
-        columns = self.clip_features(
+        return self.clip_features(
             current,
             current,
             torch.cat((torch.zeros_like(masked_BTN[:, :1]), masked_BTN), dim=1),
@@ -507,17 +616,14 @@ class Dynamics(nn.Module):
             torch.cat((torch.zeros_like(given_BT[:, :1]), given_BT), dim=1),
             torch.cat((agent_pos_BTP[:, :1], position), dim=1),
             domain_B,
-        )
-        return Columns(columns.tokens_BTND[:, 1:], columns.state_BTD[:, 1:], columns.pooled_BTD[:, 1:])
+        ).after(1)
 
     def _state_noise(self, agent_pos_BTP: Tensor, domain_B: Tensor, generator: torch.Generator) -> Tensor:
-        """A constant offset and white noise on each row's agent_pos, of random size."""
+        """A constant offset of each row's agent_pos, of random size: drift. White noise would hide the velocity."""
         B, T, P = agent_pos_BTP.shape
         device = agent_pos_BTP.device
         level = self.config.state_noise * torch.rand(B, 1, 1, generator=generator, device=device)
-        offset = torch.randn(B, 1, P, generator=generator, device=device)
-        white = torch.randn(B, T, P, generator=generator, device=device)
-        noise = level * (offset + white)
+        noise = (level * torch.randn(B, 1, P, generator=generator, device=device)).repeat(1, T, 1)
         for adapter, rows in self._groups(domain_B):
             noise[rows, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
         return noise
@@ -549,7 +655,6 @@ class Dynamics(nn.Module):
     def _side_losses(
         self,
         columns: Columns,
-        previous_pos: Tensor,
         agent_pos: Tensor,
         predicted_BT: Tensor,
         actions: Tensor,
@@ -565,7 +670,7 @@ class Dynamics(nn.Module):
             feature, domain, predicted = columns.state_BTD[rows], adapter.domain, predicted_BT[rows].float()
             if domain.state_dim:
                 P = domain.state_dim
-                error = adapter.next_state(feature, previous_pos[rows, :, :P]) - agent_pos[rows, :, :P]
+                error = adapter.next_state(feature, columns.coasted_BTP[rows, :, :P]) - agent_pos[rows, :, :P]
                 error = error / adapter.get_buffer("delta_std")
                 wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
                 state_loss = state_loss + share * _mean_where(wrong.mean(-1), predicted)
@@ -612,6 +717,7 @@ class Dynamics(nn.Module):
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP.float(),
+            motion_BP=torch.zeros_like(agent_pos_BP, dtype=torch.float32),
             action_BA=torch.zeros(B, self.action_size, device=device),
             acted_B=torch.zeros(B, dtype=torch.bool, device=device),
             keys_BLWND=cache.keys_BLWND,
@@ -655,7 +761,8 @@ class Dynamics(nn.Module):
         state, _ = self._step(state, self._normal(state, action_BA), torch.ones_like(state.acted_B), False, tokens)
         if agent_pos_BP is None:
             return state
-        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP.float())
+        before = state.agent_pos_BP - state.motion_BP
+        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP.float(), motion_BP=agent_pos_BP.float() - before)
 
     @torch.no_grad()
     def act(self, state: RolloutState) -> Tensor:
@@ -672,16 +779,16 @@ class Dynamics(nn.Module):
         self,
         cache: Cache,
         embedded_BTND: Tensor,
-        condition: tuple[Tensor, Tensor],
+        condition: Condition,
         commit: int,
         in_place: bool,
     ) -> tuple[Columns, Cache]:
-        x = self._inputs(embedded_BTND, condition[1])
+        x = self._inputs(embedded_BTND, condition.extra)
         if self.time_embedding is not None:
             time = cache.step_B[:, None] + torch.arange(x.shape[1], device=x.device)
             x = x + self.time_embedding[time.clamp(max=len(self.time_embedding) - 1)]
-        x, cache = self.trunk.extend(x, condition[0], cache, commit, in_place)
-        return self._columns(x), cache
+        x, cache = self.trunk.extend(x, condition.modulation, cache, commit, in_place)
+        return self._columns(x, condition), cache
 
     def _first_pass(
         self, state: RolloutState, action_BA: Tensor, given_B: Tensor, in_place: bool
@@ -689,21 +796,21 @@ class Dynamics(nn.Module):
         """All tokens of the new frame masked. In place, the last frame's clean column is committed by the same pass."""
         blank = self.head.blank(state.tokens)[:, None]
         masked = torch.ones(len(state), 1, self.head.positions, dtype=torch.bool, device=blank.device)
-        pos = state.agent_pos_BP[:, None]
+        pose = self._rollout_pose(state)
         embedded = self.head.embed_current(blank, masked)
         if self.config.conditioning == "shifted":
-            condition = self._condition(action_BA[:, None], given_B[:, None], pos, state.domain_B)
+            condition = self._condition(action_BA[:, None], given_B[:, None], pose, state.domain_B)
             embedded = embedded + self.head.embed_previous(state.tokens[:, None])
             return self._pass(state.cache, embedded, condition, 1, in_place)
         condition = self._condition(
             torch.stack((state.action_BA, action_BA), dim=1),
             torch.stack((state.acted_B, given_B), dim=1),
-            pos.expand(-1, 2, -1),
+            Pose(*(x.repeat_interleave(2, dim=1) for x in (pose.agent_pos, pose.motion, pose.moved))),
             state.domain_B,
         )
         clean = self.head.embed_current(state.tokens[:, None], ~masked)
         columns, cache = self._pass(state.cache, torch.cat((clean, embedded), dim=1), condition, 1, in_place)
-        return Columns(columns.tokens_BTND[:, 1:], columns.state_BTD[:, 1:], columns.pooled_BTD[:, 1:]), cache
+        return columns.after(1), cache
 
     def _next_pass(
         self,
@@ -715,7 +822,7 @@ class Dynamics(nn.Module):
         given_B: Tensor,
     ) -> Columns:
         """A further unmasking pass over the new frame; nothing is committed, the first pass's column stays."""
-        condition = self._condition(action_BA[:, None], given_B[:, None], state.agent_pos_BP[:, None], state.domain_B)
+        condition = self._condition(action_BA[:, None], given_B[:, None], self._rollout_pose(state), state.domain_B)
         embedded = self.head.embed_current(tokens[:, None], masked_BN[:, None])
         past = cache
         if self.config.conditioning == "shifted":
@@ -745,12 +852,13 @@ class Dynamics(nn.Module):
         agent_pos, targets = torch.zeros_like(state.agent_pos_BP), action_BA.new_zeros(len(state), self.target_size)
         for adapter, rows in self._groups(state.domain_B):
             P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
-            agent_pos[rows, :P] = adapter.next_state(feature, state.agent_pos_BP[rows, :P])
+            agent_pos[rows, :P] = adapter.next_state(feature, first.coasted_BTP[rows, 0, :P])
             targets[rows, :X] = adapter.targets(feature)
         after = dataclasses.replace(
             state,
             tokens=tokens,
             agent_pos_BP=agent_pos,
+            motion_BP=agent_pos - state.agent_pos_BP,
             action_BA=action_BA,
             acted_B=given_B,
             keys_BLWND=cache.keys_BLWND,

@@ -1,0 +1,68 @@
+"""Proprioception: the last change of agent_pos is an input, in rollouts as in clips, and lets the model coast."""
+
+from __future__ import annotations
+
+import torch
+from toy_dynamics import batch, begin, domain, model, rollout, tokens
+
+from hma_gym.training import Optimizer, OptimizerConfig
+
+
+def test_motion_is_the_last_change_of_agent_pos() -> None:
+    dynamics = model("soft")
+    clip = batch("soft", dynamics, 3, 4)
+    state = begin(dynamics, clip)
+    assert not state.motion_BP.any()
+    for after, _ in rollout(dynamics, state, clip["actions"]):
+        torch.testing.assert_close(after.motion_BP, after.agent_pos_BP - state.agent_pos_BP)
+        state = after
+
+
+def test_motion_of_observed_frames_is_the_true_change() -> None:
+    dynamics = model("soft")
+    clip = batch("soft", dynamics, 3, 4)
+    state = begin(dynamics, clip)
+    for t in range(3):
+        known = clip["agent_pos"][:, t + 1]
+        state = dynamics.observe(state, clip["actions"][:, t], clip["tokens"][:, t + 1], known)
+        torch.testing.assert_close(state.motion_BP, known - clip["agent_pos"][:, t])
+
+
+def test_motion_matters_from_the_second_frame_on() -> None:
+    dynamics = model("soft")
+    clip = batch("soft", dynamics, 2, 2)
+    state = begin(dynamics, clip)
+    moved = state.reseed(state.seed_B)
+    moved.motion_BP.add_(1.0)
+    first, other = dynamics.step(state, clip["actions"][:, 0])[0], dynamics.step(moved, clip["actions"][:, 0])[0]
+    torch.testing.assert_close(first.agent_pos_BP, other.agent_pos_BP)  # the motion of a start is unknown
+    pushed = first.map(torch.clone)
+    pushed.motion_BP.add_(1.0)
+    second, other = dynamics.step(first, clip["actions"][:, 1])[0], dynamics.step(pushed, clip["actions"][:, 1])[0]
+    assert not torch.allclose(second.agent_pos_BP, other.agent_pos_BP)
+
+
+def test_a_coasting_arm_is_foretold() -> None:
+    """Constant velocities, different in each row and invisible in the tokens: only the motion tells them."""
+    own = domain(actions=1, state=2, targets=0)
+    dynamics = model("soft", own, state_noise=0.0).requires_grad_(True).train()
+    optimizer = Optimizer(dynamics, dynamics.parameter_groups(), OptimizerConfig(lr=3e-3))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        velocity = 0.1 * torch.randn(16, 1, 2, generator=generator)
+        clip = {
+            "tokens": tokens("soft", 1, 1).expand(16, 6, -1, -1),
+            "actions": torch.zeros(16, 5, 1),
+            "agent_pos": torch.randn(16, 1, 2, generator=generator) + velocity * torch.arange(6)[:, None],
+        }
+        loss, _ = dynamics.loss(clip, generator)
+        dynamics.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(1.0)
+    dynamics.eval()
+    start = dynamics.start(clip["tokens"][:, 0], clip["agent_pos"][:, 0], torch.arange(16))
+    state = dynamics.observe(start, clip["actions"][:, 0], clip["tokens"][:, 1], clip["agent_pos"][:, 1])
+    after, _ = dynamics.step(state, clip["actions"][:, 1])
+    error = (after.agent_pos_BP - clip["agent_pos"][:, 2]).square().mean()
+    standing_still = (clip["agent_pos"][:, 1] - clip["agent_pos"][:, 2]).square().mean()
+    assert error < 0.15 * standing_still
