@@ -34,7 +34,12 @@ class UnknownName(HMAError, LookupError):
     def __init__(self, kind: str, name: object, known: list[str], remedy: str = "") -> None:
         choices = ", ".join(sorted(known)) or "none registered"
         tail = f" {remedy}" if remedy else ""
+        self._given = (kind, name, known, remedy)
         super().__init__(f"unknown {kind} {name!r}; choose one of: {choices}.{tail}")
+
+    def __reduce__(self) -> tuple[type[UnknownName], tuple[str, object, list[str], str]]:
+        """Errors travel from worker processes by pickle, which would call ``__init__`` with the message alone."""
+        return type(self), self._given
 
 
 class MissingExtra(HMAError, ImportError):
