@@ -94,7 +94,7 @@ class ClipBatches:
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step: ``tokens`` (B, T + 1, S...), ``actions`` (B, T, A), ``agent_pos`` (B, T + 1, P),
-        ``targets`` (B, T + 1, X), ``domain`` (B,), all padded to the widest domain."""
+        ``targets`` (B, T + 1, X), ``domain`` (B,), ``at_rest`` (B,) (the clip begins where an episode does); padded to the widest domain."""
         rng = np.random.default_rng((self.config.seed, step))
         B, T = self.config.batch_size, self.config.frames
         domain_B = np.searchsorted(np.cumsum(self.mixture), rng.random(B) * (1 - 1e-12))
@@ -102,12 +102,14 @@ class ClipBatches:
         actions = np.zeros((B, T, self.widest), np.float32)
         agent_pos = np.zeros((B, T + 1, self.state), np.float32)
         targets = np.zeros((B, T + 1, self.target), np.float32)
+        at_rest = np.zeros(B, bool)
         for row, index in enumerate(domain_B):
             cache, stride = self.caches[index], self.domains[index].stride
             draw = rng.random() * (1 - 1e-12)
             episode = int(self.episodes[index][np.searchsorted(self.weights[index], draw)])
             rows = cache.rows(episode)
             first = rows.start + self._first(rng, rows.stop - rows.start - T * stride, stride)
+            at_rest[row] = first == rows.start
             frames = slice(first, first + T * stride + 1, stride)
             tokens.append(cache.tokens[frames])
             chunk = cache.actions_FA[first : first + T * stride].reshape(T, -1)
@@ -121,6 +123,7 @@ class ClipBatches:
             "agent_pos": torch.from_numpy(agent_pos),
             "targets": torch.from_numpy(targets),
             "domain": torch.from_numpy(domain_B.astype(np.int64)),
+            "at_rest": torch.from_numpy(at_rest),
         }
 
     def _first(self, rng: np.random.Generator, room: int, stride: int) -> int:

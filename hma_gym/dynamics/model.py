@@ -170,7 +170,7 @@ def _silence(layer: nn.Module) -> None:
 @dataclass(frozen=True)
 class Pose:
     """Proprioception of the frame before a column: agent_pos (..., P), its last change (..., P), both in their own
-    units, and whether that change is known (...) bool: not at the first frame of a clip or rollout."""
+    units, and whether that change is known (...) bool: not at the first frame of a clip inside an episode."""
 
     agent_pos: Tensor
     motion: Tensor
@@ -459,21 +459,22 @@ class Dynamics(nn.Module):
             torch.cat([part.coasted for _, part in parts])[order],
         )
 
-    def _clip_pose(self, agent_pos_BTP: Tensor) -> Pose:
-        """Proprioception of a clip; the motion is known from the second frame on, and never in place."""
+    def _clip_pose(self, agent_pos_BTP: Tensor, at_rest_B: Tensor | None) -> Pose:
+        """Proprioception of a clip; the motion is known from the second frame on (at rest: from the first), and never
+        in place."""
         motion = torch.zeros_like(agent_pos_BTP)
         moved = torch.zeros(agent_pos_BTP.shape[:2], dtype=torch.bool, device=agent_pos_BTP.device)
         if self.config.conditioning == "shifted":
             motion[:, 1:] = agent_pos_BTP[:, 1:] - agent_pos_BTP[:, :-1]
             moved[:, 1:] = True
+            if at_rest_B is not None:
+                moved[:, 0] = at_rest_B
         return Pose(agent_pos_BTP, motion, moved)
 
     def _rollout_pose(self, state: RolloutState) -> Pose:
-        """Proprioception of the next column of a rollout, (B, 1, ...)."""
-        moved_B = state.step_B > 0
-        if self.config.conditioning == "in_place":
-            moved_B = torch.zeros_like(moved_B)
-        return Pose(state.agent_pos_BP[:, None], state.motion_BP[:, None], moved_B[:, None])
+        """Proprioception of the next column of a rollout, (B, 1, ...); a rollout starts at rest."""
+        moved_B1 = torch.full((len(state), 1), self.config.conditioning == "shifted", device=state.step_B.device)
+        return Pose(state.agent_pos_BP[:, None], state.motion_BP[:, None], moved_B1)
 
     def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
         return torch.cat((tokens_BTND, extra_BTZD.to(tokens_BTND.dtype)), dim=2) + self.position_embedding
@@ -492,6 +493,7 @@ class Dynamics(nn.Module):
         given_BT: Tensor,
         agent_pos_BTP: Tensor,
         domain_B: Tensor,
+        at_rest_B: Tensor | None = None,
     ) -> Columns:
         """The trunk over a whole clip, without a cache: what training and the equivalence tests use.
 
@@ -502,11 +504,12 @@ class Dynamics(nn.Module):
             actions_BTA: the normalised action that led to each frame; ``given_BT`` False hides it.
             agent_pos_BTP: agent_pos of the frame before each frame, raw units; in place, that of the frame itself where
                 the frame is clean.
+            at_rest_B: bool, True where the clip begins at rest, as rollouts do; by default how it moves is unknown.
 
         Raises:
             InvalidArgument: learned time positions and a clip longer than the window.
         """
-        condition = self._condition(actions_BTA, given_BT, self._clip_pose(agent_pos_BTP), domain_B)
+        condition = self._condition(actions_BTA, given_BT, self._clip_pose(agent_pos_BTP, at_rest_B), domain_B)
         x = self.head.embed_current(current, masked_BTN)
         if self.config.conditioning == "shifted":
             x = x + self.head.embed_previous(previous)
@@ -527,7 +530,8 @@ class Dynamics(nn.Module):
 
         Args:
             batch: ``tokens`` (B, T + 1, S...); optional ``actions`` (B, T, A) raw, ``agent_pos`` (B, T + 1, P) raw,
-                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False: no action is known), ``domain`` (B,).
+                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False: no action is known), ``domain`` (B,),
+                ``at_rest`` (B,) bool (True: the clip begins where an episode does).
                 Without actions this is passive training. Where ``rollout_share`` > 0, T must be ``rollout_max`` + the
                 clip's own length; teacher-forced rows use a part of it.
             generator: all random choices come from it.
@@ -571,7 +575,10 @@ class Dynamics(nn.Module):
         masked = training_mask(B, T, self.head.positions, config.mask_full, config.mask_minimum, generator)
         if config.conditioning == "shifted":
             predicted = torch.ones_like(given)
-            columns = self.clip_features(tokens[:, 1:], previous, masked, actions, given, previous_pos, domain_B)
+            at_rest = batch.get("at_rest") if start == 0 else None
+            columns = self.clip_features(
+                tokens[:, 1:], previous, masked, actions, given, previous_pos, domain_B, at_rest
+            )
         else:
             first_B = torch.randint(T, (B,), generator=generator, device=device)
             predicted = torch.arange(T, device=device) >= first_B[:, None]

@@ -25,7 +25,7 @@ class RolloutState:
     Attributes:
         tokens: the last frame's tokens, (B, S, C) float or (B, S) int64.
         agent_pos_BP: the last frame's proprioception in its own units (metres, quaternion, gripper), float32.
-        motion_BP: its last change, same units; meaningless at a start (``step_B`` 0).
+        motion_BP: its last change, same units; 0 at a start, which is taken to be at rest.
         action_BA: the action that led to the last frame, normalised; meaningless where ``acted_B`` is False.
         acted_B: bool, False where the last frame is a start.
         keys_BLWND, values_BLWND, step_B: the cache (see :class:`hma_gym.nn.transformer.Cache`).

@@ -28,18 +28,33 @@ def test_motion_of_observed_frames_is_the_true_change() -> None:
         torch.testing.assert_close(state.motion_BP, known - clip["agent_pos"][:, t])
 
 
-def test_motion_matters_from_the_second_frame_on() -> None:
+def test_motion_matters() -> None:
     dynamics = model("soft")
     clip = batch("soft", dynamics, 2, 2)
     state = begin(dynamics, clip)
-    moved = state.reseed(state.seed_B)
-    moved.motion_BP.add_(1.0)
-    first, other = dynamics.step(state, clip["actions"][:, 0])[0], dynamics.step(moved, clip["actions"][:, 0])[0]
-    torch.testing.assert_close(first.agent_pos_BP, other.agent_pos_BP)  # the motion of a start is unknown
-    pushed = first.map(torch.clone)
+    pushed = state.map(torch.clone)
     pushed.motion_BP.add_(1.0)
-    second, other = dynamics.step(first, clip["actions"][:, 1])[0], dynamics.step(pushed, clip["actions"][:, 1])[0]
-    assert not torch.allclose(second.agent_pos_BP, other.agent_pos_BP)
+    after, other = (dynamics.step(s, clip["actions"][:, 0])[0] for s in (state, pushed))
+    assert not torch.allclose(after.agent_pos_BP, other.agent_pos_BP)
+
+
+def test_a_clip_at_rest_is_not_one_of_unknown_motion() -> None:
+    dynamics = model("soft")
+    clip = batch("soft", dynamics, 2, 3)
+    inputs = (
+        clip["tokens"][:, 1:],
+        clip["tokens"][:, :-1],
+        torch.ones(2, 3, dynamics.head.positions, dtype=torch.bool),
+        dynamics.normalise_actions(clip["actions"], clip["domain"]),
+        torch.ones(2, 3, dtype=torch.bool),
+        clip["agent_pos"][:, :-1],
+        clip["domain"],
+    )
+    unknown = dynamics.clip_features(*inputs).coasted_BTP
+    mixed = dynamics.clip_features(*inputs, torch.tensor([True, False])).coasted_BTP
+    torch.testing.assert_close(mixed[1], unknown[1])
+    torch.testing.assert_close(mixed[0, 1:], unknown[0, 1:])
+    assert not torch.allclose(mixed[0, 0], unknown[0, 0])
 
 
 def test_a_coasting_arm_is_foretold() -> None:

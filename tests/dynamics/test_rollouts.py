@@ -48,6 +48,7 @@ def test_shifted_rollout_equals_one_uncached_pass(kind: str, modulation: str, do
         torch.ones(3, FRAMES, dtype=torch.bool),
         pos[:, :-1],
         clip["domain"],
+        torch.ones(3, dtype=torch.bool),
     )
     torch.testing.assert_close(features, columns.pooled_BTD, **CLOSE)
 
