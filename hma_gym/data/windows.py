@@ -93,8 +93,11 @@ class ClipBatches:
         self.target = max(domain.target_dim for domain in domains)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step: ``tokens`` (B, T + 1, S...), ``actions`` (B, T, A), ``agent_pos`` (B, T + 1, P),
-        ``targets`` (B, T + 1, X), ``domain`` (B,), ``at_rest`` (B,) (the clip begins where an episode does); padded to the widest domain."""
+        """The batch of a step, padded to the widest domain.
+
+        ``tokens`` (B, T + 1, S...), ``actions`` (B, T, A), ``agent_pos`` (B, T + 1, P), ``targets`` (B, T + 1, X),
+        ``domain`` (B,) and ``at_rest`` (B,): the clip begins where an episode does.
+        """
         rng = np.random.default_rng((self.config.seed, step))
         B, T = self.config.batch_size, self.config.frames
         domain_B = np.searchsorted(np.cumsum(self.mixture), rng.random(B) * (1 - 1e-12))
