@@ -520,10 +520,10 @@ def test_copies_with_a_seed_of_their_own_go_apart(world: LearnedWorld) -> None:
     a = np.ones((3, ACTION_DIM), np.float32)
     together, apart, again = envs.fork(3), envs.fork(3, seed=5), envs.fork(3, seed=5)
     assert np.array_equal(together.observe(), apart.observe())
-    pixels = together.step(a)[0]
-    assert np.array_equal(pixels[0], pixels[2])
+    pixels = together.step(a)[0].astype(int)
+    assert np.abs(pixels[0] - pixels[2]).max() <= 1  # rows of a batch round differently
     pixels = apart.step(a)[0]
-    assert not np.array_equal(pixels[0], pixels[2])
+    assert np.abs(pixels[0].astype(int) - pixels[2]).max() > 8
     assert np.array_equal(pixels, again.step(a)[0])
     with pytest.raises(InvalidArgument, match="k must be"):
         envs.fork(0)
