@@ -35,6 +35,7 @@ from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.dynamics.sizes import named_trunk
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges.classifier import load_judge
+from hma_gym.metrics.video import psnr
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
@@ -290,12 +291,6 @@ class OpenLoopValidation:
             states.append(out.agent_pos_BP.cpu().numpy()[:, : agent_pos.shape[-1]])
             targets.append(out.targets_BX.cpu().numpy()[:, : self.domains[domain].target_dim])
         return torch.stack(shown, dim=1), np.stack(states, axis=1), np.stack(targets, axis=1)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (dB, peak 255) of uint8 frames over their last three dims."""
-    error = (a.float() - b.float()).square().mean(dim=(-3, -2, -1)).clamp(min=1e-2)
-    return 10 * torch.log10(255.0**2 / error)
 
 
 def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: str) -> TokenCache:
