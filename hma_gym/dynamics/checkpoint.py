@@ -35,6 +35,7 @@ from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.errors import CheckpointError, HMAError, StorageError
 from hma_gym.extras import require
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
+from hma_gym.nn.parameters import misfits
 from hma_gym.tokenizers import build_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.version import __version__
@@ -311,9 +312,7 @@ def _weights(module: nn.Module, half: bool) -> dict[str, Tensor]:
 
 def _load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = module.state_dict()
-    wrong = sorted(
-        n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape
-    )
+    wrong = misfits(module, tensors)
     if wrong:
         raise CheckpointError(
             f"{path}: {len(wrong)} tensors do not fit the model that config.json describes, first {wrong[0]!r}; "

@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.dynamics.heads import Draw
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import weight_of
+from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.transformer import BASE_WIDTH
 
 
@@ -123,12 +123,10 @@ class FlowHead(nn.Module):
         return [weight_of(self.mean_out), weight_of(self.flow.condition)]
 
     def _patch(self, tokens: Tensor) -> Tensor:
-        p, (rows, columns) = self.config.patch, self.config.grid
-        return rearrange(tokens, "... (h p w q) c -> ... (h w) (p q c)", h=rows // p, p=p, w=columns // p, q=p)
+        return to_patches(tokens, self.config.grid, self.config.patch)
 
     def _unpatch(self, patches: Tensor) -> Tensor:
-        p, (rows, columns) = self.config.patch, self.config.grid
-        return rearrange(patches, "... (h w) (p q c) -> ... (h p w q) c", h=rows // p, p=p, w=columns // p, q=p)
+        return from_patches(patches, self.config.grid, self.config.patch)
 
     def embed_previous(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.previous_in(self._patch(tokens))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from hma_gym.dynamics.heads import Draw
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import weight_of
+from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.vocabulary import join_factors, split_factors
 
 Order = Literal["random", "confidence"]
@@ -92,12 +93,10 @@ class MaskGITHead(nn.Module):
         return [weight_of(self.logits_out)]
 
     def _patch(self, tokens: Tensor) -> Tensor:
-        p, (rows, columns) = self.config.patch, self.config.grid
-        return rearrange(tokens, "... (h p w q) -> ... (h w) (p q)", h=rows // p, p=p, w=columns // p, q=p)
+        return to_patches(tokens[..., None], self.config.grid, self.config.patch)
 
     def _unpatch(self, patches: Tensor) -> Tensor:
-        p, (rows, columns) = self.config.patch, self.config.grid
-        return rearrange(patches, "... (h w) (p q) -> ... (h p w q)", h=rows // p, p=p, w=columns // p, q=p)
+        return from_patches(patches, self.config.grid, self.config.patch)[..., 0]
 
     def embed_previous(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.previous_in(self._patch(tokens))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Kind = Literal["matrix", "other"]
 
@@ -38,6 +38,13 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     """The weight of a linear layer, as the parameter that it is."""
     assert isinstance(layer, nn.Linear) and isinstance(layer.weight, nn.Parameter)
     return layer.weight
+
+
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names, sorted, of the tensors that are missing in, foreign to, or of another shape than a module's state."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
 
 
 def default_parameter_groups(model: nn.Module, *, not_matrices: Iterable[nn.Parameter] = ()) -> list[ParameterGroup]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hma_gym.errors import CheckpointError, StorageError
+from hma_gym.nn.parameters import misfits
 from hma_gym.tokenizers import build_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 
@@ -54,12 +55,14 @@ def load_tokenizer(folder: str | Path, expect: str | None = None) -> Tokenizer:
 
 def check_weights(tokenizer: Tokenizer, tensors: dict[str, Tensor]) -> None:
     """Raises CheckpointError unless the tensors are exactly the tokenizer's, by name and shape."""
-    own = {name: tuple(value.shape) for name, value in tokenizer.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    wrong = misfits(tokenizer, tensors)
     if wrong:
         first = wrong[0]
+        expected, got = (
+            None if value is None else tuple(value.shape)
+            for value in (tokenizer.state_dict().get(first), tensors.get(first))
+        )
         raise CheckpointError(
             f"{len(wrong)} tensors do not fit the {tokenizer.kind} tokenizer of the config, e.g. {first!r}: expected "
-            f"shape {own.get(first)}, got {given.get(first)}; config and weights come from different checkpoints"
+            f"shape {expected}, got {got}; config and weights come from different checkpoints"
         )

@@ -36,6 +36,7 @@ from hma_gym.dynamics.sizes import named_trunk
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges.classifier import load_judge
 from hma_gym.metrics.video import psnr
+from hma_gym.nn.parameters import misfits
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
@@ -335,9 +336,7 @@ def load_initial(model: Dynamics, source: Path) -> None:
     else:
         weights = load_file(checkpoint_folder(source) / "dynamics.safetensors")
     own = model.state_dict()
-    wrong = sorted(
-        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape
-    )
+    wrong = misfits(model, weights)
     if wrong:
         raise CheckpointError(
             f"init {str(source)!r} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
