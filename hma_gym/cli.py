@@ -80,6 +80,12 @@ COMMANDS: dict[str, Command] = {
     "train judge": Command(
         "train the judge of success on a dataset", "hma_gym.training.judge", "JudgeTrainConfig", "train_judge"
     ),
+    "serve": Command(
+        "open the web app: label videos, drive the learned robot, browse reports",
+        "hma_gym.web.serve",
+        "ServeConfig",
+        "serve",
+    ),
     "demo": Command(
         "compare the learned world with the true one: videos and a report",
         "hma_gym.evaluation.demo",
