@@ -169,7 +169,7 @@ def _env_class() -> type:
             raise InvalidArgument("a learned environment cannot process datasets; use hma-gym data import.")
 
         @property
-        def rollout_exceptions(self) -> tuple[type[BaseException], ...]:
+        def rollout_exceptions(self) -> tuple[Any, ...]:
             """No exception may be ignored in a rollout."""
             return ()
 

@@ -163,7 +163,10 @@ def _python(text: str) -> PolicySource:
         factory = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, ValueError, AttributeError) as error:
         raise UnknownName(
-            "policy", f"python:{text}", ["python:MODULE:FUNCTION"], f"It cannot be imported: {error}."
+            "policy",
+            f"python:{text}",
+            ["python:MODULE:FUNCTION"],
+            f"It cannot be imported ({error}); is its folder on PYTHONPATH?",
         ) from error
     return PolicySource(f"python {text}", factory)
 
