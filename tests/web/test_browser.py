@@ -56,6 +56,13 @@ def open_page(browser: Browser, address: str, width: int = 1280) -> Page:
     return page
 
 
+def open_play(page: Page, address: str) -> None:
+    """Go to Play and wait until the world is there, or say why it is not."""
+    page.goto(f"{address}/play")
+    page.wait_for_selector("#play:not([hidden]), #notice:not([hidden])")
+    assert not page.inner_text("#notice"), page.inner_text("#notice")
+
+
 def says(page: Page, place: str, text: str) -> None:
     from playwright.sync_api import expect
 
@@ -164,6 +171,8 @@ def test_reports_are_listed_and_open(browser: Browser, labelled: Server) -> None
     page.click("text=Toy report")
     page.wait_for_url("**/report.html")
     assert page.title() == "Toy report"
+    open_play(page, labelled.address)
+    assert page.locator(".starts button").count() > 10 and fits(page), "many starts scroll in a strip of their own"
     page.context.close()
 
 
@@ -183,8 +192,8 @@ def drive(page: Page, key: str, steps: int) -> list[float]:
 
 
 def test_keys_drive_the_arm_the_right_way_and_a_picture_starts_an_episode(browser: Browser, labelled: Server) -> None:
-    page = open_page(browser, f"{labelled.address}/play")
-    page.wait_for_selector("#play:not([hidden])")
+    page = open_page(browser, labelled.address)
+    open_play(page, labelled.address)
     says(page, "#state", "Press a key")
     start = header(page)["worlds"][0]["agent_pos"][:3]
     right = drive(page, "d", 6)
