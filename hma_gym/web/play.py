@@ -196,6 +196,8 @@ class Player:
                 message = await self._websocket.receive()
                 if message["type"] == "websocket.disconnect":
                     break
+                if driving.done():  # it ends by itself at a fault only, which shall be seen
+                    await driving
                 await self._hear(message.get("text") or "")
         except WebSocketDisconnect:  # while something was being sent
             pass

@@ -59,15 +59,19 @@ def list_reports(data: Path) -> list[dict[str, Any]]:
     rows = []
     for name, folder in find_folders(data, FILE_NAME).items():
         page = folder / FILE_NAME
-        with open(page, "rb") as stream:
-            title = _TITLE.search(stream.read(4096))
+        try:
+            with open(page, "rb") as stream:
+                title = _TITLE.search(stream.read(4096))
+            modified = page.stat().st_mtime
+        except OSError:  # it vanished meanwhile, or may not be read
+            continue
         shown = folder.relative_to(data).as_posix()
         rows.append(
             {
                 "id": name,
                 "name": data.name if shown == "." else shown,
                 "title": title.group(1).decode(errors="replace").strip() if title else "",
-                "modified": page.stat().st_mtime,
+                "modified": modified,
             }
         )
     return sorted(rows, key=lambda row: -float(str(row["modified"])))

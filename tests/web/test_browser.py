@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from web_serving import Server, make_queue, make_report, serving
 
+from hma_gym.benchmarks.play import PlayConfig, play
 from hma_gym.judges.human import LabelQueue
 
 if TYPE_CHECKING:
@@ -218,3 +219,12 @@ def test_keys_drive_the_arm_the_right_way_and_a_picture_starts_an_episode(browse
     page.set_input_files("#file", {"name": "not.png", "mimeType": "image/png", "buffer": b"no picture"})
     says(page, "#notice", "PNG, JPEG or WebP")
     page.context.close()
+
+
+def test_the_benchmark_reads_the_clocks_of_the_page(toy_folder: Path, tmp_path: Path) -> None:
+    result = json.loads(
+        play(PlayConfig(presses=2, hold_ms=150, warm_up=1, checkpoint=str(toy_folder), out=tmp_path)).read_text()
+    )
+    assert result["frames"] >= 2 and result["frames_a_second"] > 0
+    measured = result["key_to_picture_ms"]
+    assert measured["presses"] >= 1 and 0 < measured["low"] <= measured["value"] <= measured["high"]

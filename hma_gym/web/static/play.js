@@ -133,19 +133,18 @@ function action() {
   return values.map((value) => Math.max(-1, Math.min(1, Math.round(value * 100) / 100)));
 }
 
-/** Send the action if it is another one than before. */
-function act(when = performance.now()) {
+/** Send the action if it is another one than before; with the time of a press, measure how long the picture takes. */
+function act(pressed) {
   if (!started) return;
   const values = action();
   const text = values.join();
-  const moving = values.slice(0, -1).some(Boolean);
-  if (moving) lastMove = when;
+  if (values.slice(0, -1).some(Boolean)) lastMove = performance.now();
   if (text === lastAction && driving) return;
   lastAction = text;
-  lastMove = when;
+  lastMove = performance.now();
   driving = true;
   input += 1;
-  waiting.set(input, when);
+  if (pressed !== undefined) waiting.set(input, pressed);
   tell({ type: "action", input, action: values });
   say("Driving.");
 }
