@@ -35,6 +35,8 @@ from hma_gym.evaluation.episode_store import EpisodeResult, EpisodeStore, check_
 from hma_gym.evaluation.policy_report import Run, write_report
 from hma_gym.evaluation.workers import Job, Stage, label_key, run_jobs
 from hma_gym.judges.human import LabelQueue
+from hma_gym.judges.labels import FILE_NAME
+from hma_gym.judges.registry import get_judge
 from hma_gym.policies.loading import EpisodeSeed, PolicyFactory, load_policy, split_label
 
 CLASSIFIER, HUMAN = "classifier", "human"
@@ -53,7 +55,7 @@ class EvaluateConfig:
         episodes: starts for each policy.
         judge: who decides success in learned environments: ``classifier`` (the checkpoint's own), ``human`` (videos
             wait in ``OUT/labels``; label them with hma-gym serve and repeat the command for the report), or the
-            name of a registered judge. In ground truth the simulator decides.
+            name of a judge that an installed package registers. In ground truth the simulator decides.
         out: the run's folder.
         checkpoint: name, folder or hub id of the learned world and of the bank of starts; None for the task's own.
         first_start: the first start of the bank that is used.
@@ -159,6 +161,8 @@ def evaluate(config: EvaluateConfig, more_policies: Mapping[str, PolicyFactory] 
         },
         {stage.env: _identity(stage, plan) for stage in plan.stages},
     )
+    if config.judge == HUMAN and not (config.out / LABELS_FOLDER / FILE_NAME).exists():
+        LabelQueue.create(config.out / LABELS_FOLDER).close()
     failures: dict[str, PolicyError] = {}
     for stage in plan.stages:
         _play(stage, plan, store, failures)
@@ -249,12 +253,22 @@ def _make_plan(config: EvaluateConfig, more: Mapping[str, PolicyFactory]) -> _Pl
         )
     steps = config.steps or task.horizon
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    judge = None if config.judge in (CLASSIFIER, HUMAN) else config.judge
+    judge = None if config.judge in (CLASSIFIER, HUMAN) else get_judge(config.judge)
+    learned_ids = [env for env, spec in specs.items() if spec.vector_entry_point is not None]
+    if learned_ids and judge is None and checkpoint.judge is None:
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.name!r} has no judge, so nobody would decide success in {learned_ids}; name a "
+            "registered one with judge."
+        )
     stages = []
     for env, spec in specs.items():
         learned = spec.vector_entry_point is not None
         arguments: dict[str, Any] = {"obs_type": "pixels_agent_pos", "max_episode_steps": steps}
-        arguments |= {"checkpoint": source_name, "judge": judge} if learned else {"starts": source_name}
+        arguments |= (
+            {"checkpoint": source_name, "judge": None if judge is None else config.judge}
+            if learned
+            else {"starts": source_name}
+        )
         stages.append(
             Stage(
                 env=env,
@@ -293,8 +307,8 @@ def _identity(stage: Stage, plan: _Plan) -> dict[str, Any]:
     }
     if not stage.learned:
         return same
-    judge = CLASSIFIER if stage.arguments["judge"] is None else plan.config.judge
-    return {**same, "checkpoint": plan.checkpoint.digest, "judge": judge, "batch": plan.config.batch}
+    of_world = {"checkpoint": plan.checkpoint.digest, "judge": plan.config.judge, "batch": plan.config.batch}
+    return {**same, **of_world}
 
 
 def _play(stage: Stage, plan: _Plan, store: EpisodeStore, failures: dict[str, PolicyError]) -> None:
@@ -323,7 +337,7 @@ def _people(plan: _Plan) -> dict[tuple[str, str, int], bool | None] | None:
     """What people say of each episode of a learned environment, where they are the judge."""
     if plan.config.judge != HUMAN:
         return None
-    with LabelQueue.create(plan.config.out / LABELS_FOLDER) as queue:
+    with LabelQueue.open(plan.config.out / LABELS_FOLDER) as queue:
         outcomes = queue.outcomes()
     return {
         (stage.env, label, episode.start): outcomes[key].success if key in outcomes else None

@@ -227,7 +227,7 @@ class _Process:
             stage.workers,
         )
         if stage.labels is not None:
-            with LabelQueue.create(stage.labels) as queue:
+            with LabelQueue.open(stage.labels) as queue:
                 machine = Machine("checkpoint's judge", played.probability, played.success_end)
                 key = label_key(stage.env, job.label, episode.start)
                 queue.add(key, played.frames_THWC, fps=stage.fps, policy=job.label, machine=machine)
@@ -263,6 +263,7 @@ _process: _Process | None = None  # in a worker process
 
 def _begin(stage: Stage, since: Synchronized[float], pid: Synchronized[int]) -> None:
     global _process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     pid.value = os.getpid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _process = _Process(stage, since)
