@@ -10,16 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route, Router
-from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
-
 from hma_gym.errors import (
     EnvironmentState,
     HMAError,
@@ -29,6 +19,23 @@ from hma_gym.errors import (
     UnknownName,
 )
 from hma_gym.web.guard import Guard
+from hma_gym.web.kit import (
+    FileResponse,
+    HTTPException,
+    JSONResponse,
+    Middleware,
+    Mount,
+    Receive,
+    Request,
+    Response,
+    Route,
+    Router,
+    Scope,
+    Send,
+    Starlette,
+    StaticFiles,
+    run_in_threadpool,
+)
 from hma_gym.web.label import QueueBook, label_routes
 from hma_gym.web.reports import report_routes
 from hma_gym.web.serve import ServeConfig

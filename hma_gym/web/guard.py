@@ -12,11 +12,18 @@ from __future__ import annotations
 import secrets
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from starlette.datastructures import Headers
-from starlette.requests import cookie_parser
-from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
+from hma_gym.web.kit import (
+    ASGIApp,
+    Headers,
+    JSONResponse,
+    Message,
+    Receive,
+    RedirectResponse,
+    Response,
+    Scope,
+    Send,
+    cookie_parser,
+)
 from hma_gym.web.serve import is_loopback
 
 COOKIE = "hma_gym_token"

@@ -11,14 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
-
 from hma_gym.errors import HMAError, InvalidArgument, StorageError, UnknownName
 from hma_gym.judges.human import LabelQueue
 from hma_gym.judges.labels import FILE_NAME, Item
+from hma_gym.web.kit import FileResponse, JSONResponse, Request, Response, Route, run_in_threadpool
 from hma_gym.web.requests import field, find_folders, read_json
 
 MOST_ITEMS = 24

@@ -29,12 +29,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hma_gym.data.episodes import AttrValue
 from hma_gym.envs.tasks import get_task
@@ -48,6 +42,19 @@ from hma_gym.web.driving import (
     read_picture,
     same_start,
     save_episode,
+)
+from hma_gym.web.kit import (
+    BaseRoute,
+    FileResponse,
+    HTTPException,
+    JSONResponse,
+    Request,
+    Response,
+    Route,
+    WebSocket,
+    WebSocketDisconnect,
+    WebSocketRoute,
+    run_in_threadpool,
 )
 from hma_gym.web.requests import field, read_body
 from hma_gym.web.serve import ServeConfig

@@ -6,12 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
-
+from hma_gym.web.kit import FileResponse, HTTPException, JSONResponse, Request, Response, Route, run_in_threadpool
 from hma_gym.web.requests import find_folders
 
 FILE_NAME = "report.html"

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-
 from hma_gym.errors import InvalidArgument
+from hma_gym.web.kit import HTTPException, Request
 
 JSON_LIMIT = 64 * 1024
 """Bytes of a JSON request."""

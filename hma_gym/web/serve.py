@@ -3,7 +3,7 @@
     hma-gym serve --data outputs                  # this machine only: http://127.0.0.1:8000
     hma-gym serve --data outputs --host 0.0.0.0   # the whole network, with a token in the printed address
 
-This module is the door: it asks for the extra ``web`` before it imports the rest.
+This module is the door: it imports the rest, and with it the extra ``web``, when it is called.
 """
 
 from __future__ import annotations
@@ -90,10 +90,8 @@ def serve(config: ServeConfig) -> None:
         MissingExtra: starlette, uvicorn or websockets is not installed.
         StorageError: the data folder cannot be used, or the address is taken.
     """
-    for package in ("starlette", "uvicorn", "websockets"):
-        require(package, extra="web", purpose="hma-gym serve")
-    import uvicorn
-
+    require("websockets", extra="web", purpose="hma-gym serve")
+    uvicorn = require("uvicorn", extra="web", purpose="hma-gym serve")
     from hma_gym.web.app import build_app
 
     try:

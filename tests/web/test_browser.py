@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,6 @@ import pytest
 from PIL import Image
 from web_serving import Server, make_queue, make_report, serving
 
-from hma_gym.benchmarks.play import PlayConfig, play
 from hma_gym.judges.human import LabelQueue
 
 if TYPE_CHECKING:
@@ -222,9 +223,12 @@ def test_keys_drive_the_arm_the_right_way_and_a_picture_starts_an_episode(browse
 
 
 def test_the_benchmark_reads_the_clocks_of_the_page(toy_folder: Path, tmp_path: Path) -> None:
-    result = json.loads(
-        play(PlayConfig(presses=2, hold_ms=150, warm_up=1, checkpoint=str(toy_folder), out=tmp_path)).read_text()
-    )
+    """In a process of its own: playwright's plain API runs once in each."""
+    options = ("--presses", "2", "--hold-ms", "150", "--warm-up", "1", "--checkpoint", str(toy_folder))
+    command = [sys.executable, "-m", "hma_gym.cli", "bench", "play", *options, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "frames a second in the browser" in done.stdout, done.stderr
+    result = json.loads((tmp_path / "play.json").read_text())
     assert result["frames"] >= 2 and result["frames_a_second"] > 0
     measured = result["key_to_picture_ms"]
     assert measured["presses"] >= 1 and 0 < measured["low"] <= measured["value"] <= measured["high"]
