@@ -401,7 +401,7 @@ def _videos(run: Run, truth: str | None, learned: str | None) -> list[Any]:
         values = [run.verdict(result) for result in pair]
         differ = len(set(values)) > 1
         films = "".join(
-            f"<span>{html.escape(result.env)}: {'success' if value else 'failure'}"
+            f"<span>{html.escape(result.env)}<br>{'success' if value else 'failure'}"
             f"{Video(store.video(result.env, result.policy, result.start), result.env).html()}</span>"
             for result, value in zip(pair, values, strict=True)
         )
