@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from hma_gym.domains import Domain
+from hma_gym.dynamics.body import BodyConfig
 from hma_gym.dynamics.checkpoint import Checkpoint, start_bank
 from hma_gym.dynamics.mar import FlowHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
@@ -43,7 +44,8 @@ def toy_checkpoint(*domains: Domain, judge: bool = True, task: str = "lift") -> 
         )
         trunk = TrunkConfig(layers=2, width=32, heads=2, window=4, mlp_ratio=2.0)
         head = FlowHeadConfig((5, 5), channels=4, patch=1, change_scale=0.5, flow_width=16, flow_layers=1, flow_steps=2)
-        dynamics = Dynamics(DynamicsConfig(trunk, head), domains)
+        body = BodyConfig(history=2, octaves=1, coast_width=16, look_width=16, look_layers=1)
+        dynamics = Dynamics(DynamicsConfig(trunk, head, body), domains)
         network = ClassifierJudge(ClassifierConfig("toy", 3, (SIZE, SIZE), (4, 4, 4), 8, threshold=0.3))
         for parameter in (*dynamics.parameters(), *tokenizer.decoder.parameters()):
             parameter.data += 0.2 * torch.randn_like(parameter)

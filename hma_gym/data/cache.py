@@ -150,6 +150,40 @@ def load_token_cache(path: str | Path) -> TokenCache:
         ) from error
 
 
+def join_caches(caches: Sequence[TokenCache]) -> TokenCache:
+    """The episodes of several caches of one domain, in order.
+
+    Raises:
+        DatasetError: the caches differ in their dims or tokenizers.
+    """
+    first = caches[0]
+    if len(caches) == 1:
+        return first
+    for name in ("tokens", "actions_FA", "agent_pos_FP", "targets_FX"):
+        shapes = [getattr(cache, name).shape[1:] for cache in caches]
+        if len(set(shapes)) > 1 or len({cache.tokenizer for cache in caches}) > 1:
+            raise DatasetError(
+                f"the files of domain {first.domain!r} must be alike, got {name.split('_')[0]} of shapes {shapes} a "
+                "frame (or tokens of different tokenizers); name them as different domains."
+            )
+    offsets = np.cumsum([0, *(cache.starts_N1[-1] for cache in caches)])
+    return TokenCache(
+        tokens=np.concatenate([cache.tokens for cache in caches]),
+        actions_FA=np.concatenate([cache.actions_FA for cache in caches]),
+        agent_pos_FP=np.concatenate([cache.agent_pos_FP for cache in caches]),
+        targets_FX=np.concatenate([cache.targets_FX for cache in caches]),
+        starts_N1=np.concatenate(
+            [[0], *(cache.starts_N1[1:] + offset for cache, offset in zip(caches, offsets[:-1], strict=True))]
+        ),
+        split_N=np.concatenate([cache.split_N for cache in caches]),
+        success_N=np.concatenate([cache.success_N for cache in caches]),
+        category_N=tuple(category for cache in caches for category in cache.category_N),
+        name_N=tuple(f"{i}/{name}" for i, cache in enumerate(caches) for name in cache.name_N),
+        domain=first.domain,
+        tokenizer=first.tokenizer,
+    )
+
+
 def targets_of(episode: Episode) -> NDArray[np.float32]:
     """The privileged targets of an episode, (T, X): the object's position where the data has it, else X = 0."""
     for key, columns in TARGET_KEYS:

@@ -45,11 +45,25 @@ class Draw:
         return noise.gumbel(self.seed_B, self.step_B, self.stream, shape)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What is known of a frame before it is made.
+
+    Attributes:
+        previous: tokens of the frame before, (..., S...).
+        drawn: what the body draws of it, (..., S, C); None with discrete tokens.
+    """
+
+    previous: Tensor
+    drawn: Tensor | None
+
+
 class TokenHead(Protocol):
     """What a kind of token must know how to do. Implementations are modules."""
 
     kind: str
     positions: int
+    drawn_size: tuple[int, int] | None  # (S, C) of the tokens that a body can draw
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to its width, for muP."""
@@ -67,17 +81,21 @@ class TokenHead(Protocol):
         """Tokens of the frame itself, masked where told, as inputs (B, T, N, D)."""
         ...
 
+    def embed_drawn(self, drawn: Tensor, before: Tensor) -> Tensor:
+        """What the body draws of a frame and of the one before, (B, T, S, C) each, as inputs (B, T, N, D)."""
+        ...
+
     def corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Tokens with the kind of errors that a rollout makes, same shape."""
         ...
 
     def loss(
-        self, features_BTND: Tensor, tokens: Tensor, previous: Tensor, masked_BTN: Tensor, generator: torch.Generator
+        self, features_BTND: Tensor, tokens: Tensor, scene: Scene, masked_BTN: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over masked positions and detached metrics."""
         ...
 
-    def sample(self, features_BND: Tensor, previous: Tensor, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample(self, features_BND: Tensor, scene: Scene, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
         """One frame's tokens (B, S...) and the order of unmasking, highest first, (B, N).
 
         Temperature 0 gives the mode (discrete) or the mean (soft).

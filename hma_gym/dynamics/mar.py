@@ -1,6 +1,7 @@
 """The continuous ("soft") token head: a regressed mean and a small diffusion head, in a few steps (HMA, Eq. 3).
 
-The change from the previous frame is what is predicted: its mean by a linear read-out, and what remains around the
+The change from the previous frame is what is predicted: its mean by a linear read-out and, where the body draws the
+frame, by a gate between the previous tokens and the drawn ones; and what remains around the
 mean by a per-token MLP trained with flow matching (Lipman et al. 2023, arXiv 2210.02747, with straight paths), which
 takes the place of the paper's 100-step DDPM head and needs 1 to 8 evaluations.
 
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import weight_of
 from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.transformer import BASE_WIDTH
+
+#: Where the gate towards the drawn tokens begins, before its sigmoid: nearly closed.
+CLOSED = -3.0
 
 
 @dataclass(frozen=True)
@@ -108,19 +112,24 @@ class FlowHead(nn.Module):
         size = config.channels * config.patch**2
         self.previous_in = nn.Linear(size, width)
         self.current_in = nn.Linear(size, width)
+        self.drawn_size: tuple[int, int] | None = (rows * columns, config.channels)
+        self.drawn_in = nn.Linear(2 * size, width)
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.mean_out = nn.Linear(width, size)
+        self.gate_out = nn.Linear(width, size)
         self.flow = FlowMLP(size, width, config.flow_width, config.flow_layers)
         self.residual_rms: Tensor
         self.register_buffer("residual_rms", torch.tensor(config.change_scale))
-        nn.init.zeros_(self.mean_out.weight)
-        nn.init.zeros_(self.mean_out.bias)
+        for layer in (self.mean_out, self.gate_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.gate_out.bias, CLOSED)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return []
 
     def readouts(self) -> list[nn.Parameter]:
-        return [weight_of(self.mean_out), weight_of(self.flow.condition)]
+        return [weight_of(self.mean_out), weight_of(self.gate_out), weight_of(self.flow.condition)]
 
     def _patch(self, tokens: Tensor) -> Tensor:
         return to_patches(tokens, self.config.grid, self.config.patch)
@@ -136,17 +145,29 @@ class FlowHead(nn.Module):
         embedded = self.current_in(self._patch(tokens))
         return torch.where(masked_BTN[..., None], self.mask_embedding.to(embedded.dtype), embedded)
 
+    def embed_drawn(self, drawn: Tensor, before: Tensor) -> Tensor:
+        embedded: Tensor = self.drawn_in(torch.cat((self._patch(drawn), self._patch(before)), dim=-1))
+        return embedded
+
+    def _mean(self, features: Tensor, scene: Scene) -> Tensor:
+        """The expected change of each patch, (..., N, E)."""
+        mean: Tensor = self.mean_out(features).float() * self.config.change_scale
+        if scene.drawn is not None:
+            towards = self._patch(scene.drawn.float()) - self._patch(scene.previous)
+            mean = mean + self.gate_out(features).float().sigmoid() * towards
+        return mean
+
     def corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         level = torch.rand(tokens.shape[0], *(1,) * (tokens.ndim - 1), generator=generator, device=tokens.device)
         noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
         return tokens + self.config.noise_max * level * noise
 
     def loss(
-        self, features_BTND: Tensor, tokens: Tensor, previous: Tensor, masked_BTN: Tensor, generator: torch.Generator
+        self, features_BTND: Tensor, tokens: Tensor, scene: Scene, masked_BTN: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        change = self._patch(tokens) - self._patch(previous)
-        mean = self.mean_out(features_BTND).float() * config.change_scale
+        change = self._patch(tokens) - self._patch(scene.previous)
+        mean = self._mean(features_BTND, scene)
         residual = change - mean
         weight = masked_BTN.float() / masked_BTN.float().sum().clamp(min=1)
         error = residual.square().mean(dim=-1)
@@ -163,9 +184,9 @@ class FlowHead(nn.Module):
         loss = mean_loss + config.flow_weight * flow_loss
         return loss, {"mean_loss": mean_loss.detach(), "flow_loss": flow_loss.detach()}
 
-    def sample(self, features_BND: Tensor, previous: Tensor, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample(self, features_BND: Tensor, scene: Scene, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
         config = self.config
-        mean = self.mean_out(features_BND).float() * config.change_scale
+        mean = self._mean(features_BND, scene)
         change = mean
         if temperature > 0:
             context = torch.cat((features_BND, (mean / config.change_scale).to(features_BND.dtype)), dim=-1)
@@ -175,7 +196,7 @@ class FlowHead(nn.Module):
                 y = y + self.flow(y, time, context).float() / config.flow_steps
             change = mean + y * self.residual_rms
         order_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).uniform(self.positions)
-        return previous + self._unpatch(change), order_BN
+        return scene.previous + self._unpatch(change), order_BN
 
     def merge(self, old: Tensor, new: Tensor, masked_BN: Tensor) -> Tensor:
         return self._unpatch(torch.where(masked_BN[..., None], self._patch(new), self._patch(old)))

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import weight_of
 from hma_gym.nn.patches import from_patches, to_patches
@@ -78,6 +78,7 @@ class MaskGITHead(nn.Module):
         self.config = config
         rows, columns = config.grid
         self.positions = rows * columns // config.patch**2
+        self.drawn_size: tuple[int, int] | None = None
         self.previous_in = FactorisedEmbedding(config.vocabulary, config.patch, width)
         self.current_in = FactorisedEmbedding(config.vocabulary, config.patch, width)
         self.mask_embedding = nn.Parameter(torch.zeros(width))
@@ -106,6 +107,10 @@ class MaskGITHead(nn.Module):
         embedded = self.current_in(self._patch(tokens))
         return torch.where(masked_BTN[..., None], self.mask_embedding.to(embedded.dtype), embedded)
 
+    def embed_drawn(self, drawn: Tensor, before: Tensor) -> Tensor:
+        """No body draws discrete tokens: nothing is added."""
+        return drawn.new_zeros(())
+
     def corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         device = tokens.device
         share = torch.rand(tokens.shape[0], *(1,) * (tokens.ndim - 1), generator=generator, device=device)
@@ -119,7 +124,7 @@ class MaskGITHead(nn.Module):
         return list(logits.split(list(self.config.vocabulary), dim=-1))
 
     def loss(
-        self, features_BTND: Tensor, tokens: Tensor, previous: Tensor, masked_BTN: Tensor, generator: torch.Generator
+        self, features_BTND: Tensor, tokens: Tensor, scene: Scene, masked_BTN: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         target = self._patch(tokens)
         factors = split_factors(target, self.config.vocabulary)
@@ -131,7 +136,7 @@ class MaskGITHead(nn.Module):
             )
             right = right & (logits.argmax(dim=-1) == factors[..., i])
         masked = masked_BTN[..., None].expand_as(target).float()
-        changed = masked * (target != self._patch(previous)).float()
+        changed = masked * (target != self._patch(scene.previous)).float()
         mean = (loss * masked).sum() / masked.sum().clamp(min=1)
         return mean, {
             "cross_entropy": mean.detach(),
@@ -140,7 +145,7 @@ class MaskGITHead(nn.Module):
             "changed_share": changed.sum() / masked.sum().clamp(min=1),
         }
 
-    def sample(self, features_BND: Tensor, previous: Tensor, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample(self, features_BND: Tensor, scene: Scene, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
         factors = []
         confidence_BN = torch.zeros(features_BND.shape[:2], device=features_BND.device)
         for i, logits in enumerate(self._logits(features_BND)):

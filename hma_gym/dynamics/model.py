@@ -11,7 +11,8 @@ Notable features:
   first one of the next frame);
 - forward, passive, policy and full dynamics are maskings of this one model: with or without the action given, with
   or without the frame revealed (Section 3.4);
-- trained in part on its own rollouts, so that it learns to stay on course after its own errors.
+- what the robot itself will do and look like comes from its :mod:`~hma_gym.dynamics.body`, which the trunk is given;
+- can be trained in part on its own rollouts, so that it learns to stay on course after its own errors.
 
 Shape legend: B rows, T frames, S tokens of a frame, N trunk positions, Z extra positions (1 state + action tokens),
 D width, L layers, M modulation vectors, A action dims (of the widest domain, padded), P agent_pos dims, X target dims.
@@ -30,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.body import Body, BodyConfig, Pose, clip_poses, first_pose
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, training_mask, unmask
@@ -41,12 +43,6 @@ from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, Trun
 
 Conditioning = Literal["shifted", "in_place"]
 
-#: Scales at which a position is shown as sine and cosine, each twice as fine as the one before.
-POSE_OCTAVES = 4
-
-#: Width of the small network that foretells the next agent_pos from motion and action.
-COAST_WIDTH = 128
-
 
 @dataclass(frozen=True)
 class DynamicsConfig:
@@ -55,6 +51,7 @@ class DynamicsConfig:
     Attributes:
         trunk: geometry of the shared transformer.
         head: the kind of token: a :class:`FlowHeadConfig` (soft) or a :class:`MaskGITHeadConfig` (discrete).
+        body: sizes of the networks that foretell and draw the robot itself.
         conditioning: see the module's docstring.
         action_tokens: extra positions that carry the action beside modulation (``concat``; the paper uses 64).
         decode_steps: unmasking steps a frame at inference, at least 1.
@@ -69,6 +66,7 @@ class DynamicsConfig:
 
     trunk: TrunkConfig = TrunkConfig()
     head: FlowHeadConfig | MaskGITHeadConfig = FlowHeadConfig()
+    body: BodyConfig = BodyConfig()
     conditioning: Conditioning = "shifted"
     action_tokens: int = 0
     decode_steps: int = 1
@@ -109,7 +107,11 @@ class DynamicsConfig:
         }
         if kind not in kinds:
             raise CheckpointError(f"dynamics config: head kind must be one of {sorted(kinds)}, got {kind!r}.")
-        parts = {"trunk": _strict(TrunkConfig, fields.get("trunk", {})), "head": _strict(kinds[kind], head_fields)}
+        parts = {
+            "trunk": _strict(TrunkConfig, fields.get("trunk", {})),
+            "head": _strict(kinds[kind], head_fields),
+            "body": _strict(BodyConfig, fields.get("body", {})),
+        }
         return _strict(cls, {**fields, **parts})
 
 
@@ -167,26 +169,13 @@ def _silence(layer: nn.Module) -> None:
     nn.init.zeros_(layer.bias)
 
 
-@dataclass(frozen=True)
-class Pose:
-    """Proprioception of the frame before a column: agent_pos (..., P), its last change (..., P), both in their own
-    units, and whether that change is known (...) bool: not at the first frame of a clip inside an episode."""
-
-    agent_pos: Tensor
-    motion: Tensor
-    moved: Tensor
-
-    def rows(self, rows: Tensor | slice) -> Pose:
-        """Of some rows only."""
-        return Pose(self.agent_pos[rows], self.motion[rows], self.moved[rows])
-
-
 class DomainAdapter(nn.Module):
-    """What belongs to one embodiment: action stem, modulation, and the heads for state, action and targets."""
+    """What belongs to one embodiment: body, action stem, modulation, and the heads for state, action and targets."""
 
-    def __init__(self, domain: Domain, config: DynamicsConfig) -> None:
+    def __init__(self, domain: Domain, config: DynamicsConfig, tokens: tuple[int, int] | None) -> None:
         super().__init__()
         self.domain = domain
+        self.body = Body(domain, config.body, tokens)
         width = config.trunk.width
         self.action_size = domain.action_dim * domain.stride
         for name in ("action_mean", "action_std", "state_mean", "state_std", "delta_std", "target_mean", "target_std"):
@@ -201,18 +190,9 @@ class DomainAdapter(nn.Module):
         self.no_action = nn.Parameter(torch.zeros(width))
         self.modulation = ModulationBank(config.trunk)
         self.state_in = nn.Linear(max(domain.state_dim, 1), width)
-        pose_size = 2 * domain.state_dim * (1 + POSE_OCTAVES) + 1
+        pose_size = 2 * self.body.feature_size + 2 * domain.state_dim + 1
         self.pose = nn.Sequential(nn.Linear(pose_size, width), nn.SiLU(), nn.Linear(width, width))
-        self.coast: nn.Sequential | None = None
-        if domain.state_dim:
-            self.coast = nn.Sequential(
-                nn.Linear(pose_size + self.action_size + 1, COAST_WIDTH),
-                nn.SiLU(),
-                nn.Linear(COAST_WIDTH, COAST_WIDTH),
-                nn.SiLU(),
-                nn.Linear(COAST_WIDTH, domain.state_dim),
-            )
-            _silence(self.coast[4])
+        self.register_buffer("corrected", torch.ones(domain.state_dim))
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
         self.action_out = nn.Linear(width, max(self.action_size, 1))
         self.target_out = nn.Linear(width, max(domain.target_dim, 1))
@@ -266,34 +246,28 @@ class DomainAdapter(nn.Module):
         embedded: Tensor = self.state_in(agent_pos)
         return embedded
 
-    def pose_features(self, pose: Pose) -> Tensor:
-        """(..., pose_size): position, its sines and cosines at several scales, and the last change where known.
+    def embed_pose(self, pose: Pose, coasted: Tensor) -> Tensor:
+        """The pose before a frame, its last change, and the pose that ``coast`` foretells: (..., P) -> (..., D)."""
+        known, delta_std = pose.known[..., :1], self.get_buffer("delta_std")
+        motion = torch.where(known, pose.motions[..., 0, :] / delta_std, 0.0)
+        inputs = (
+            self.body.features(pose.agent_pos),
+            motion,
+            known.float(),
+            self.body.features(coasted),
+            (coasted - pose.agent_pos) / delta_std,
+        )
+        embedded: Tensor = self.pose(torch.cat(inputs, dim=-1))
+        return embedded
 
-        A position in half precision is too coarse to tell a velocity by subtraction, so the change is an input of its
-        own, in units of its standard deviation; and the sines tell positions finer than the pictures do.
-        """
-        P, known = self.domain.state_dim, pose.moved[..., None]
-        position = (pose.agent_pos[..., :P] - self.get_buffer("state_mean")) / self.get_buffer("state_std")
-        motion = torch.where(known, pose.motion[..., :P] / self.get_buffer("delta_std"), 0.0)
-        angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(POSE_OCTAVES)]
-        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
-        return torch.cat((position, motion, *waves, known.to(position.dtype)), dim=-1)
-
-    def coasted(self, pose: Pose, features: Tensor, action: Tensor, given: Tensor) -> Tensor:
-        """The next agent_pos (..., P) as far as motion and action alone tell, without the picture; own units."""
-        if self.coast is None:
-            return pose.agent_pos[..., :0]
-        known = given[..., None]
-        inputs = torch.cat((features, torch.where(known, action, 0.0), known.to(features.dtype)), dim=-1)
-        change: Tensor = self.coast(inputs).float() * self.get_buffer("delta_std")
-        return pose.agent_pos[..., : self.domain.state_dim] + change
+    def correction(self, feature: Tensor) -> Tensor:
+        """The state head: (..., D) -> by how much ``coast`` is wrong, (..., P), in own units; P = 0 without a state."""
+        error: Tensor = self.state_out(feature)[..., : self.domain.state_dim]
+        return error.float() * self.get_buffer("delta_std")
 
     def next_state(self, feature: Tensor, coasted: Tensor) -> Tensor:
-        """The state head: (..., D) and :meth:`coasted` (..., P) -> the next agent_pos, in its own units."""
-        if self.domain.state_dim == 0:
-            return coasted
-        correction: Tensor = self.state_out(feature).float() * self.get_buffer("delta_std")
-        return coasted + correction
+        """The next agent_pos of a rollout, (..., P): what ``coast`` foretells, corrected where that helps a rollout."""
+        return coasted + self.get_buffer("corrected") * self.correction(feature)
 
     def targets(self, feature: Tensor) -> Tensor:
         """The auxiliary head: (..., D) -> privileged targets (..., X), in their own units."""
@@ -321,22 +295,36 @@ class Condition:
         modulation: (B, T, L, M, D).
         extra: the extra positions, (B, T, Z, D).
         coasted: next agent_pos by motion and action alone, (B, T, P), own units.
+        drawn, drawn_before: tokens that the body draws at the coasted and at the present agent_pos, (B, T, S, C); None
+            where it draws none.
     """
 
     modulation: Tensor
     extra: Tensor
     coasted: Tensor
+    drawn: Tensor | None
+    drawn_before: Tensor | None
+
+    def joined(self, others: Sequence[Condition], order_B: Tensor) -> Condition:
+        """This one's rows and the others', put in order."""
+
+        def join(parts: list[Tensor | None]) -> Tensor | None:
+            return torch.cat([part for part in parts if part is not None])[order_B] if parts[0] is not None else None
+
+        fields = [[getattr(part, f.name) for part in (self, *others)] for f in dataclasses.fields(self)]
+        return Condition(*map(join, fields))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The trunk's output for some frames: token positions, the state position, the pooled feature, and the agent_pos
-    that motion and action alone foretell."""
+    """The trunk's output for some frames: token positions, the state position, the pooled feature; and what the body
+    foretells: agent_pos and, with soft tokens, how the frame will look."""
 
     tokens_BTND: Tensor
     state_BTD: Tensor
     pooled_BTD: Tensor
     coasted_BTP: Tensor
+    drawn: Tensor | None
 
     def after(self, frames: int) -> Columns:
         """Without the first frames."""
@@ -345,6 +333,7 @@ class Columns:
             self.state_BTD[:, frames:],
             self.pooled_BTD[:, frames:],
             self.coasted_BTP[:, frames:],
+            None if self.drawn is None else self.drawn[:, frames:],
         )
 
 
@@ -375,7 +364,8 @@ class Dynamics(nn.Module):
         self.position_embedding = nn.Parameter(0.02 * torch.randn(self.positions, width))
         frames = config.trunk.window if config.trunk.positions == "learned" else 0
         self.time_embedding = nn.Parameter(torch.zeros(frames, self.positions, width)) if frames else None
-        self.adapters = nn.ModuleDict({domain.name: DomainAdapter(domain, config) for domain in domains})
+        tokens = self.head.drawn_size
+        self.adapters = nn.ModuleDict({domain.name: DomainAdapter(domain, config, tokens) for domain in domains})
         self.action_size = max(domain.action_dim * domain.stride for domain in domains)
         self.state_size = max(domain.state_dim for domain in domains)
         self.target_size = max(domain.target_dim for domain in domains)
@@ -394,12 +384,26 @@ class Dynamics(nn.Module):
             hidden += self.adapter(index).hidden_matrices()
             readouts += self.adapter(index).readouts()
         chosen = {id(parameter) for parameter in (*matrices, *hidden, *readouts)}
+        rest = [p for p in self.parameters() if id(p) not in chosen and p.requires_grad]
         return [
             ParameterGroup("matrices", matrices, kind="matrix", width_ratio=ratio),
             ParameterGroup("hidden", hidden, width_ratio=ratio),
             ParameterGroup("readouts", readouts, width_ratio=ratio),
-            ParameterGroup("other", [p for p in self.parameters() if id(p) not in chosen], weight_decay_multiplier=0.0),
+            ParameterGroup("other", rest, weight_decay_multiplier=0.0),
         ]
+
+    def set_corrected(self, index: int, corrected_P: Tensor) -> None:
+        """Which dims of a domain's agent_pos the trunk corrects in rollouts: 1, or 0 for those left to ``coast``.
+
+        A body that was trained on its own rollouts errs in ways that cancel out over time; corrections of single steps
+        can spoil this, and are needed where the picture knows more: at contacts.
+        """
+        self.adapter(index).get_buffer("corrected").copy_(corrected_P)
+
+    def freeze_bodies(self) -> None:
+        """Leave the bodies as they were trained by themselves."""
+        for index in range(len(self.domains)):
+            self.adapter(index).body.requires_grad_(False)
 
     # ------------------------------------------------------------------ domains
 
@@ -439,42 +443,50 @@ class Dynamics(nn.Module):
         """Modulation and extra positions from normalised actions and proprioception."""
         parts: list[tuple[Tensor | slice, Condition]] = []
         for adapter, rows in self._groups(domain_B):
-            chunk, given, own = actions_BTA[rows, :, : adapter.action_size], given_BT[rows], pose.rows(rows)
-            features = adapter.pose_features(own)
-            action = adapter.embed_action(chunk, given)
-            extra = adapter.embed_state(own.agent_pos[..., : adapter.domain.state_dim])[:, :, None]
+            domain, body = adapter.domain, adapter.body
+            chunk, given = actions_BTA[rows, :, : adapter.action_size], given_BT[rows]
+            own = pose.rows(rows).narrowed(domain.state_dim, adapter.action_size)
+            coasted = body.coasted(own, chunk, given)
+            action = adapter.embed_action(chunk, given) + adapter.embed_pose(own, coasted)
+            extra = adapter.embed_state(own.agent_pos)[:, :, None]
             if self.config.action_tokens:  # alike but for their position embedding, as in the paper
-                tokens = action[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
+                tokens = adapter.embed_action(chunk, given)[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
                 extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
-            coasted = F.pad(
-                adapter.coasted(own, features, chunk, given), (0, self.state_size - adapter.domain.state_dim)
-            )
-            parts.append((rows, Condition(adapter.modulation(action + adapter.pose(features)), extra, coasted)))
+            drawn, before = self._drawn(body, coasted), self._drawn(body, own.agent_pos)
+            padded = F.pad(coasted, (0, self.state_size - domain.state_dim))
+            parts.append((rows, Condition(adapter.modulation(action), extra, padded, drawn, before)))
         if len(parts) == 1:
             return parts[0][1]
         order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
-        return Condition(
-            torch.cat([part.modulation for _, part in parts])[order],
-            torch.cat([part.extra for _, part in parts])[order],
-            torch.cat([part.coasted for _, part in parts])[order],
-        )
+        return parts[0][1].joined([part for _, part in parts[1:]], order)
 
-    def _clip_pose(self, agent_pos_BTP: Tensor, at_rest_B: Tensor | None) -> Pose:
-        """Proprioception of a clip; the motion is known from the second frame on (at rest: from the first), and never
-        in place."""
-        motion = torch.zeros_like(agent_pos_BTP)
-        moved = torch.zeros(agent_pos_BTP.shape[:2], dtype=torch.bool, device=agent_pos_BTP.device)
-        if self.config.conditioning == "shifted":
-            motion[:, 1:] = agent_pos_BTP[:, 1:] - agent_pos_BTP[:, :-1]
-            moved[:, 1:] = True
-            if at_rest_B is not None:
-                moved[:, 0] = at_rest_B
-        return Pose(agent_pos_BTP, motion, moved)
+    def _drawn(self, body: Body, agent_pos_BTP: Tensor) -> Tensor | None:
+        """What the body looks like, (B, T, S, C); zeros for a domain without a state, None for discrete tokens."""
+        if self.head.drawn_size is None:
+            return None
+        drawn = body.drawn(agent_pos_BTP)
+        return agent_pos_BTP.new_zeros(*agent_pos_BTP.shape[:2], *self.head.drawn_size) if drawn is None else drawn
+
+    def _clip_pose(
+        self, agent_pos_BTP: Tensor, actions_BTA: Tensor, given_BT: Tensor, at_rest_B: Tensor | None
+    ) -> Pose:
+        """Proprioception of a clip, with the history that a rollout would have; in place there is none."""
+        history = self.config.body.history
+        if self.config.conditioning == "in_place":
+            nothing = torch.zeros(agent_pos_BTP.shape[:2], dtype=torch.bool, device=agent_pos_BTP.device)
+            return first_pose(agent_pos_BTP, history, self.action_size, nothing)
+        if at_rest_B is None:
+            at_rest_B = torch.zeros(len(agent_pos_BTP), dtype=torch.bool, device=agent_pos_BTP.device)
+        return clip_poses(agent_pos_BTP, actions_BTA, given_BT, history, at_rest_B)
 
     def _rollout_pose(self, state: RolloutState) -> Pose:
         """Proprioception of the next column of a rollout, (B, 1, ...); a rollout starts at rest."""
-        moved_B1 = torch.full((len(state), 1), self.config.conditioning == "shifted", device=state.step_B.device)
-        return Pose(state.agent_pos_BP[:, None], state.motion_BP[:, None], moved_B1)
+        if self.config.conditioning == "in_place":
+            nothing = torch.zeros(len(state), 1, dtype=torch.bool, device=state.step_B.device)
+            return first_pose(state.agent_pos_BP[:, None], self.config.body.history, self.action_size, nothing)
+        known = torch.ones_like(state.acted_BK)
+        pose = Pose(state.agent_pos_BP, state.motions_BKP, known, state.actions_BKA, state.acted_BK)
+        return Pose(*(getattr(pose, f.name)[:, None] for f in dataclasses.fields(pose)))
 
     def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
         return torch.cat((tokens_BTND, extra_BTZD.to(tokens_BTND.dtype)), dim=2) + self.position_embedding
@@ -482,7 +494,14 @@ class Dynamics(nn.Module):
     def _columns(self, x_BTND: Tensor, condition: Condition) -> Columns:
         x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
         n = self.head.positions
-        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2), condition.coasted)
+        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2), condition.coasted, condition.drawn)
+
+    def _embed(self, current: Tensor, masked_BTN: Tensor, condition: Condition) -> Tensor:
+        """Tokens of the frames themselves, masked where told, and what the body draws: (B, T, N, D)."""
+        embedded = self.head.embed_current(current, masked_BTN)
+        if condition.drawn is None or condition.drawn_before is None:
+            return embedded
+        return embedded + self.head.embed_drawn(condition.drawn, condition.drawn_before)
 
     def clip_features(
         self,
@@ -509,8 +528,9 @@ class Dynamics(nn.Module):
         Raises:
             InvalidArgument: learned time positions and a clip longer than the window.
         """
-        condition = self._condition(actions_BTA, given_BT, self._clip_pose(agent_pos_BTP, at_rest_B), domain_B)
-        x = self.head.embed_current(current, masked_BTN)
+        pose = self._clip_pose(agent_pos_BTP, actions_BTA, given_BT, at_rest_B)
+        condition = self._condition(actions_BTA, given_BT, pose, domain_B)
+        x = self._embed(current, masked_BTN, condition)
         if self.config.conditioning == "shifted":
             x = x + self.head.embed_previous(previous)
         x = self._inputs(x, condition.extra)
@@ -553,7 +573,8 @@ class Dynamics(nn.Module):
         hidden_B = torch.rand(B, generator=generator, device=device) < config.action_mask
         given = known & ~hidden_B[:, None]
         previous, previous_pos = self.head.corrupt(tokens[:, :-1], generator), agent_pos[:, :-1]
-        previous_pos = previous_pos + self._state_noise(previous_pos, domain_B, generator)
+        drift = self._drift(B, domain_B, generator)
+        previous_pos, aimed_pos = previous_pos + drift, agent_pos + drift  # the picture does not undo a drift
         start = 0
         if config.rollout_share > 0:
             clip = T - config.rollout_max
@@ -568,8 +589,9 @@ class Dynamics(nn.Module):
                 previous, previous_pos = self._own_rollout(
                     tokens, agent_pos, actions, known, domain_B, seeds, start + clip
                 )
+                aimed_pos = agent_pos
             stop = start + clip
-            tokens, agent_pos = tokens[:, start : stop + 1], agent_pos[:, start : stop + 1]
+            tokens, aimed_pos = tokens[:, start : stop + 1], aimed_pos[:, start : stop + 1]
             previous, previous_pos = previous[:, start:stop], previous_pos[:, start:stop]
             actions, given, known, T = actions[:, start:stop], given[:, start:stop], known[:, start:stop], clip
         masked = training_mask(B, T, self.head.positions, config.mask_full, config.mask_minimum, generator)
@@ -586,10 +608,11 @@ class Dynamics(nn.Module):
             columns = self._in_place_columns(
                 tokens, previous, masked, predicted, actions, given, previous_pos, domain_B
             )
-        loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], previous, masked, generator)
+        scene = Scene(previous, columns.drawn)
+        loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], scene, masked, generator)
         targets = batch["targets"][:, start + 1 : start + T + 1] if "targets" in batch else None
         for name, weight, value in self._side_losses(
-            columns, agent_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
+            columns, aimed_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
         ):
             loss = loss + weight * value
             metrics[name] = value.detach()
@@ -625,15 +648,14 @@ class Dynamics(nn.Module):
             domain_B,
         ).after(1)
 
-    def _state_noise(self, agent_pos_BTP: Tensor, domain_B: Tensor, generator: torch.Generator) -> Tensor:
-        """A constant offset of each row's agent_pos, of random size: drift. White noise would hide the velocity."""
-        B, T, P = agent_pos_BTP.shape
-        device = agent_pos_BTP.device
-        level = self.config.state_noise * torch.rand(B, 1, 1, generator=generator, device=device)
-        noise = (level * torch.randn(B, 1, P, generator=generator, device=device)).repeat(1, T, 1)
-        for adapter, rows in self._groups(domain_B):
-            noise[rows, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
-        return noise
+    def _drift(self, rows: int, domain_B: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 1, P): a constant offset of each row's agent_pos, of random size. White noise would hide the velocity."""
+        device = domain_B.device
+        level = self.config.state_noise * torch.rand(rows, 1, 1, generator=generator, device=device)
+        drift = level * torch.randn(rows, 1, self.state_size, generator=generator, device=device)
+        for adapter, chosen in self._groups(domain_B):
+            drift[chosen, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
+        return drift
 
     @torch.no_grad()
     def _own_rollout(
@@ -677,7 +699,7 @@ class Dynamics(nn.Module):
             feature, domain, predicted = columns.state_BTD[rows], adapter.domain, predicted_BT[rows].float()
             if domain.state_dim:
                 P = domain.state_dim
-                error = adapter.next_state(feature, columns.coasted_BTP[rows, :, :P]) - agent_pos[rows, :, :P]
+                error = columns.coasted_BTP[rows, :, :P] + adapter.correction(feature) - agent_pos[rows, :, :P]
                 error = error / adapter.get_buffer("delta_std")
                 wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
                 state_loss = state_loss + share * _mean_where(wrong.mean(-1), predicted)
@@ -721,12 +743,13 @@ class Dynamics(nn.Module):
         if agent_pos_BP is None:
             agent_pos_BP = torch.zeros(B, self.state_size, device=device)
         cache = self.trunk.new_cache(B, self.positions, device, self.position_embedding.dtype)
+        history = self.config.body.history
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP.float(),
-            motion_BP=torch.zeros_like(agent_pos_BP, dtype=torch.float32),
-            action_BA=torch.zeros(B, self.action_size, device=device),
-            acted_B=torch.zeros(B, dtype=torch.bool, device=device),
+            motions_BKP=torch.zeros(B, history, self.state_size, device=device),
+            actions_BKA=torch.zeros(B, history, self.action_size, device=device),
+            acted_BK=torch.zeros(B, history, dtype=torch.bool, device=device),
             keys_BLWND=cache.keys_BLWND,
             values_BLWND=cache.values_BLWND,
             step_B=cache.step_B,
@@ -747,15 +770,17 @@ class Dynamics(nn.Module):
         Returns:
             The next state and what it shows.
         """
+        given_B = torch.full((len(state),), action_BA is not None, device=state.step_B.device)
         if action_BA is None:
-            return self._step(state, torch.zeros_like(state.action_BA), torch.zeros_like(state.acted_B), in_place, None)
-        return self._step(state, self._normal(state, action_BA), torch.ones_like(state.acted_B), in_place, None)
+            return self._step(state, torch.zeros_like(state.actions_BKA[:, 0]), given_B, in_place, None)
+        return self._step(state, self._normal(state, action_BA), given_B, in_place, None)
 
     def _normal(self, state: RolloutState, action_BA: Tensor) -> Tensor:
         """Checked and normalised actions of one step."""
-        if action_BA.shape != state.action_BA.shape:
+        wanted = (len(state), self.action_size)
+        if action_BA.shape != wanted:
             raise InvalidAction(
-                f"action must have the shape {tuple(state.action_BA.shape)} (rows, action dims x stride of the widest "
+                f"action must have the shape {wanted} (rows, action dims x stride of the widest "
                 f"domain), got {tuple(action_BA.shape)}; pad actions of narrower domains with zeros."
             )
         return self.normalise_actions(action_BA[:, None].float(), state.domain_B)[:, 0]
@@ -765,18 +790,22 @@ class Dynamics(nn.Module):
         self, state: RolloutState, action_BA: Tensor, tokens: Tensor, agent_pos_BP: Tensor | None
     ) -> RolloutState:
         """As :meth:`step`, but the new frame is given (real), not generated: gives a rollout more context."""
-        state, _ = self._step(state, self._normal(state, action_BA), torch.ones_like(state.acted_B), False, tokens)
+        given_B = torch.ones(len(state), dtype=torch.bool, device=state.step_B.device)
+        before = state.agent_pos_BP
+        state, _ = self._step(state, self._normal(state, action_BA), given_B, False, tokens)
         if agent_pos_BP is None:
             return state
-        before = state.agent_pos_BP - state.motion_BP
-        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP.float(), motion_BP=agent_pos_BP.float() - before)
+        agent_pos_BP, motions_BKP = agent_pos_BP.float(), state.motions_BKP.clone()
+        motions_BKP[:, 0] = agent_pos_BP - before
+        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP, motions_BKP=motions_BKP)
 
     @torch.no_grad()
     def act(self, state: RolloutState) -> Tensor:
         """Policy dynamics: the action (B, stride * A) in env units that the data would take next (Section 3.4)."""
-        hidden = torch.zeros_like(state.acted_B)
-        columns, _ = self._first_pass(state, torch.zeros_like(state.action_BA), hidden, False)
-        result = torch.zeros_like(state.action_BA)
+        hidden_B = torch.zeros(len(state), dtype=torch.bool, device=state.step_B.device)
+        nothing_BA = torch.zeros_like(state.actions_BKA[:, 0])
+        columns, _ = self._first_pass(state, nothing_BA, hidden_B, False)
+        result = nothing_BA
         for adapter, rows in self._groups(state.domain_B):
             action = adapter.next_action(columns.state_BTD[rows, -1])
             result[rows, : adapter.action_size] = adapter.restore_action(action)
@@ -804,19 +833,19 @@ class Dynamics(nn.Module):
         blank = self.head.blank(state.tokens)[:, None]
         masked = torch.ones(len(state), 1, self.head.positions, dtype=torch.bool, device=blank.device)
         pose = self._rollout_pose(state)
-        embedded = self.head.embed_current(blank, masked)
         if self.config.conditioning == "shifted":
             condition = self._condition(action_BA[:, None], given_B[:, None], pose, state.domain_B)
-            embedded = embedded + self.head.embed_previous(state.tokens[:, None])
+            embedded = self._embed(blank, masked, condition) + self.head.embed_previous(state.tokens[:, None])
             return self._pass(state.cache, embedded, condition, 1, in_place)
         condition = self._condition(
-            torch.stack((state.action_BA, action_BA), dim=1),
-            torch.stack((state.acted_B, given_B), dim=1),
-            Pose(*(x.repeat_interleave(2, dim=1) for x in (pose.agent_pos, pose.motion, pose.moved))),
+            torch.stack((state.actions_BKA[:, 0], action_BA), dim=1),
+            torch.stack((state.acted_BK[:, 0], given_B), dim=1),
+            Pose(*(getattr(pose, f.name).repeat_interleave(2, dim=1) for f in dataclasses.fields(pose))),
             state.domain_B,
         )
-        clean = self.head.embed_current(state.tokens[:, None], ~masked)
-        columns, cache = self._pass(state.cache, torch.cat((clean, embedded), dim=1), condition, 1, in_place)
+        shown = torch.cat((state.tokens[:, None], blank), dim=1)
+        embedded = self._embed(shown, torch.cat((~masked, masked), dim=1), condition)
+        columns, cache = self._pass(state.cache, embedded, condition, 1, in_place)
         return columns.after(1), cache
 
     def _next_pass(
@@ -830,7 +859,7 @@ class Dynamics(nn.Module):
     ) -> Columns:
         """A further unmasking pass over the new frame; nothing is committed, the first pass's column stays."""
         condition = self._condition(action_BA[:, None], given_B[:, None], self._rollout_pose(state), state.domain_B)
-        embedded = self.head.embed_current(tokens[:, None], masked_BN[:, None])
+        embedded = self._embed(tokens[:, None], masked_BN[:, None], condition)
         past = cache
         if self.config.conditioning == "shifted":
             embedded = embedded + self.head.embed_previous(state.tokens[:, None])
@@ -851,7 +880,8 @@ class Dynamics(nn.Module):
                 if step:
                     columns = self._next_pass(state, cache, tokens, masked_BN, action_BA, given_B)
                 draw = Draw(state.seed_B, state.step_B, step)
-                new, order_BN = self.head.sample(columns.tokens_BTND[:, 0], state.tokens, draw, config.temperature)
+                scene = Scene(state.tokens, None if columns.drawn is None else columns.drawn[:, 0])
+                new, order_BN = self.head.sample(columns.tokens_BTND[:, 0], scene, draw, config.temperature)
                 tokens = self.head.merge(tokens, new, masked_BN)
                 masked_BN = unmask(masked_BN, order_BN, masked_after(step, config.decode_steps, positions))
         else:
@@ -865,9 +895,9 @@ class Dynamics(nn.Module):
             state,
             tokens=tokens,
             agent_pos_BP=agent_pos,
-            motion_BP=agent_pos - state.agent_pos_BP,
-            action_BA=action_BA,
-            acted_B=given_B,
+            motions_BKP=torch.cat(((agent_pos - state.agent_pos_BP)[:, None], state.motions_BKP[:, :-1]), dim=1),
+            actions_BKA=torch.cat((action_BA[:, None], state.actions_BKA[:, :-1]), dim=1),
+            acted_BK=torch.cat((given_B[:, None], state.acted_BK[:, :-1]), dim=1),
             keys_BLWND=cache.keys_BLWND,
             values_BLWND=cache.values_BLWND,
             step_B=cache.step_B,

@@ -2,7 +2,8 @@
 
 Every tensor has the row first, so all operations are one index a tensor, and nothing is kept in a module.
 
-Shape legend: B rows, S tokens of a frame, P agent_pos dims, A action dims, D width, X privileged target dims.
+Shape legend: B rows, S tokens of a frame, P agent_pos dims, A action dims, K steps of the body's history, D width,
+X privileged target dims.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class RolloutState:
     Attributes:
         tokens: the last frame's tokens, (B, S, C) float or (B, S) int64.
         agent_pos_BP: the last frame's proprioception in its own units (metres, quaternion, gripper), float32.
-        motion_BP: its last change, same units; 0 at a start, which is taken to be at rest.
-        action_BA: the action that led to the last frame, normalised; meaningless where ``acted_B`` is False.
-        acted_B: bool, False where the last frame is a start.
+        motions_BKP: its last K changes, the latest first, same units; 0 before a start, which is taken to be at rest.
+        actions_BKA: the actions that led to them, normalised; meaningless where ``acted_BK`` is False.
+        acted_BK: bool, False before a start and where no action was given.
         keys_BLWND, values_BLWND, step_B: the cache (see :class:`hma_gym.nn.transformer.Cache`).
         seed_B: int64, the rows' seeds; with ``step_B`` they fix all random numbers.
         domain_B: int64, index of each row's domain in the model.
@@ -35,9 +36,9 @@ class RolloutState:
 
     tokens: Tensor
     agent_pos_BP: Tensor
-    motion_BP: Tensor
-    action_BA: Tensor
-    acted_B: Tensor
+    motions_BKP: Tensor
+    actions_BKA: Tensor
+    acted_BK: Tensor
     keys_BLWND: Tensor
     values_BLWND: Tensor
     step_B: Tensor

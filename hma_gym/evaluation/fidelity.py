@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.heads import Scene
 from hma_gym.dynamics.maskgit import MaskGITHead
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.held_out import HeldOut
@@ -397,7 +398,8 @@ def measure_perplexity(checkpoint: Checkpoint, held_out: HeldOut, settings: Fide
             agent_pos,
             domain_B,
         )
-        _, measures = dynamics.head.loss(columns.tokens_BTND, tokens[:, 1:], tokens[:, :-1], masked, generator)
+        scene = Scene(tokens[:, :-1], columns.drawn)
+        _, measures = dynamics.head.loss(columns.tokens_BTND, tokens[:, 1:], scene, masked, generator)
         entropies.append(float(measures["cross_entropy"]))
     return bootstrap_interval(np.array(entropies), lambda rows: float(np.exp(rows.mean())), seed=settings.seed)
 

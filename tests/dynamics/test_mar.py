@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
 from hma_gym.errors import InvalidArgument
 
@@ -35,7 +35,7 @@ def _fit(head: FlowHead, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]
         features, change = draw(generator)
         previous = torch.randn(change.shape, generator=generator)
         masked = torch.ones(features.shape[:3], dtype=torch.bool)
-        loss, _ = head.loss(features, previous + change, previous, masked, generator)
+        loss, _ = head.loss(features, previous + change, Scene(previous, None), masked, generator)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
@@ -53,12 +53,12 @@ def test_two_modes_stay_two_modes() -> None:
     _fit(head, draw)
     rows = 200
     start = torch.zeros(rows, 4, 2)
-    sampled, _ = head.sample(torch.zeros(rows, 4, WIDTH), start, _draw(rows), 1.0)
+    sampled, _ = head.sample(torch.zeros(rows, 4, WIDTH), Scene(start, None), _draw(rows), 1.0)
     near = (sampled.abs() - 0.8).abs() < 0.25
     assert near.float().mean() > 0.9
     assert ((sampled[..., 0] > 0) == (sampled[..., 1] > 0)).float().mean() > 0.95  # the channels agree
     assert abs(float((sampled > 0).float().mean()) - 0.5) < 0.1
-    mean, _ = head.sample(torch.zeros(rows, 4, WIDTH), start, _draw(rows), 0.0)
+    mean, _ = head.sample(torch.zeros(rows, 4, WIDTH), Scene(start, None), _draw(rows), 0.0)
     assert mean.abs().max() < 0.15
 
 
@@ -75,10 +75,10 @@ def test_linear_gaussian_closed_form() -> None:
     rows = 300
     features = torch.randn(rows, 4, WIDTH, generator=torch.Generator().manual_seed(1))
     wanted, previous = features @ matrix, torch.ones(rows, 4, 2)
-    mean, _ = head.sample(features, previous, _draw(rows), 0.0)
+    mean, _ = head.sample(features, Scene(previous, None), _draw(rows), 0.0)
     assert float((mean - previous - wanted).abs().max()) < 0.05
     for temperature in (0.5, 1.0):  # straight paths from a Gaussian to a Gaussian keep their scale
-        sampled, _ = head.sample(features, previous, _draw(rows), temperature)
+        sampled, _ = head.sample(features, Scene(previous, None), _draw(rows), temperature)
         spread = sampled - previous - wanted
         assert abs(float(spread.mean())) < 0.03
         assert float(spread.std()) == pytest.approx(temperature * noise, rel=0.15)
@@ -95,7 +95,7 @@ def test_only_masked_tokens_count() -> None:
     masked = torch.rand(3, 2, 4, generator=generator) < 0.5
     other = torch.where(masked[..., None], tokens, tokens + 5.0)
     a, b, c = (
-        float(head.loss(features, t, previous, masked, torch.Generator().manual_seed(1))[0].detach())
+        float(head.loss(features, t, Scene(previous, None), masked, torch.Generator().manual_seed(1))[0].detach())
         for t in (tokens, other, tokens + 5.0)
     )
     assert a == pytest.approx(b, rel=1e-6) and a != pytest.approx(c, rel=1e-3)
@@ -113,7 +113,7 @@ def test_the_mean_learns_nothing_from_the_flow() -> None:
         loss, _ = head.loss(
             torch.ones(1, 1, 4, WIDTH),
             torch.ones(1, 1, 4, 2),
-            torch.zeros(1, 1, 4, 2),
+            Scene(torch.zeros(1, 1, 4, 2), None),
             torch.ones(1, 1, 4, dtype=torch.bool),
             torch.Generator().manual_seed(0),
         )
@@ -148,9 +148,9 @@ def test_samples_depend_on_seed_and_step_only() -> None:
     head.requires_grad_(False)
     features, previous = torch.ones(3, 4, WIDTH), torch.zeros(3, 4, 2)
     same = Draw(torch.tensor([7, 8, 7]), torch.tensor([2, 2, 2]), 0)
-    sampled, _ = head.sample(features, previous, same, 1.0)
+    sampled, _ = head.sample(features, Scene(previous, None), same, 1.0)
     assert torch.equal(sampled[0], sampled[2]) and not torch.equal(sampled[0], sampled[1])
-    later, _ = head.sample(features, previous, Draw(same.seed_B, same.step_B + 1, 0), 1.0)
+    later, _ = head.sample(features, Scene(previous, None), Draw(same.seed_B, same.step_B + 1, 0), 1.0)
     assert not torch.equal(later[0], sampled[0])
 
 

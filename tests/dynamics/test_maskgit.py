@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.vocabulary import join_factors, split_factors
@@ -41,9 +41,9 @@ def test_temperature_zero_is_greedy_and_small_ones_come_near(patch: int) -> None
     head = _head(patch, LOGITS)
     features, previous = torch.zeros(200, head.positions, 8), torch.zeros(200, 16, dtype=torch.int64)
     best = int(join_factors(torch.tensor([2, 0]), VOCABULARY))
-    tokens, _ = head.sample(features, previous, _draw(200), 0.0)
+    tokens, _ = head.sample(features, Scene(previous, None), _draw(200), 0.0)
     assert (tokens == best).all()
-    tokens, _ = head.sample(features, previous, _draw(200), 0.05)
+    tokens, _ = head.sample(features, Scene(previous, None), _draw(200), 0.05)
     assert (tokens == best).float().mean() > 0.99
 
 
@@ -97,19 +97,19 @@ def test_random_order_ignores_the_logits_and_confidence_follows_them() -> None:
     features = torch.randn(rows, 16, 8, generator=torch.Generator().manual_seed(0))
     previous = torch.zeros(rows, 16, dtype=torch.int64)
     sure = _head(order="confidence")
-    tokens, order = sure.sample(features, previous, _draw(rows), 0.0)
+    tokens, order = sure.sample(features, Scene(previous, None), _draw(rows), 0.0)
     digits = split_factors(tokens[..., None], VOCABULARY)
     wanted = torch.zeros(rows, 16)
     for i, logits in enumerate(sure._logits(features)):
         wanted += logits.log_softmax(-1).gather(-1, digits[..., i : i + 1])[..., 0].sum(-1)
     torch.testing.assert_close(order, wanted)
-    _, noisy = sure.sample(features, previous, _draw(rows), 1.0)
+    _, noisy = sure.sample(features, Scene(previous, None), _draw(rows), 1.0)
     assert not torch.equal(noisy.argsort(), order.argsort())
     at_random = _head(order="random")
-    tokens_random, first = at_random.sample(features, previous, _draw(rows), 0.0)
+    tokens_random, first = at_random.sample(features, Scene(previous, None), _draw(rows), 0.0)
     assert torch.equal(tokens_random, tokens)
     assert abs(torch.corrcoef(torch.stack((first.flatten(), wanted.flatten())))[0, 1]) < 0.1
-    _, second = at_random.sample(features, previous, _draw(rows, stream=1), 0.0)
+    _, second = at_random.sample(features, Scene(previous, None), _draw(rows, stream=1), 0.0)
     assert not torch.equal(first, second)  # each unmasking step draws anew
 
 
@@ -120,7 +120,7 @@ def test_loss_is_the_mean_cross_entropy_of_masked_tokens(patch: int) -> None:
     features = torch.randn(2, 3, head.positions, 8, generator=generator)
     tokens = torch.randint(12, (2, 3, 16), generator=generator)
     masked = torch.rand(2, 3, head.positions, generator=generator) < 0.5
-    loss, metrics = head.loss(features, tokens, tokens, masked, generator)
+    loss, metrics = head.loss(features, tokens, Scene(tokens, None), masked, generator)
     target, total, count = head._patch(tokens), 0.0, 0
     for b, t, n in masked.nonzero().tolist():
         logits = head.logits_out(features[b, t, n]).view(patch**2, sum(VOCABULARY)).split(VOCABULARY, dim=-1)
@@ -147,13 +147,13 @@ def test_a_row_is_the_same_whatever_its_neighbours() -> None:
     head = _head()
     features = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
     previous = torch.zeros(4, 16, dtype=torch.int64)
-    tokens, order = head.sample(features, previous, _draw(4), 1.0)
+    tokens, order = head.sample(features, Scene(previous, None), _draw(4), 1.0)
 
     def row(x: Tensor) -> Tensor:
         return x[2:3]
 
     alone = Draw(torch.tensor([2]), torch.tensor([0]), 0)
-    tokens_alone, order_alone = head.sample(row(features), row(previous), alone, 1.0)
+    tokens_alone, order_alone = head.sample(row(features), Scene(row(previous), None), alone, 1.0)
     assert torch.equal(tokens_alone, row(tokens)) and torch.equal(order_alone, row(order))
 
 

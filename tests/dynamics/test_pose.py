@@ -12,9 +12,10 @@ def test_motion_is_the_last_change_of_agent_pos() -> None:
     dynamics = model("soft")
     clip = batch("soft", dynamics, 3, 4)
     state = begin(dynamics, clip)
-    assert not state.motion_BP.any()
+    assert not state.motions_BKP.any()
     for after, _ in rollout(dynamics, state, clip["actions"]):
-        torch.testing.assert_close(after.motion_BP, after.agent_pos_BP - state.agent_pos_BP)
+        torch.testing.assert_close(after.motions_BKP[:, 0], after.agent_pos_BP - state.agent_pos_BP)
+        assert torch.equal(after.motions_BKP[:, 1:], state.motions_BKP[:, :-1])
         state = after
 
 
@@ -25,7 +26,7 @@ def test_motion_of_observed_frames_is_the_true_change() -> None:
     for t in range(3):
         known = clip["agent_pos"][:, t + 1]
         state = dynamics.observe(state, clip["actions"][:, t], clip["tokens"][:, t + 1], known)
-        torch.testing.assert_close(state.motion_BP, known - clip["agent_pos"][:, t])
+        torch.testing.assert_close(state.motions_BKP[:, 0], known - clip["agent_pos"][:, t])
 
 
 def test_motion_matters() -> None:
@@ -33,27 +34,28 @@ def test_motion_matters() -> None:
     clip = batch("soft", dynamics, 2, 2)
     state = begin(dynamics, clip)
     pushed = state.map(torch.clone)
-    pushed.motion_BP.add_(1.0)
+    pushed.motions_BKP.add_(1.0)
     after, other = (dynamics.step(s, clip["actions"][:, 0])[0] for s in (state, pushed))
     assert not torch.allclose(after.agent_pos_BP, other.agent_pos_BP)
 
 
 def test_a_clip_at_rest_is_not_one_of_unknown_motion() -> None:
     dynamics = model("soft")
-    clip = batch("soft", dynamics, 2, 3)
+    clip = batch("soft", dynamics, 2, 5)
     inputs = (
         clip["tokens"][:, 1:],
         clip["tokens"][:, :-1],
-        torch.ones(2, 3, dynamics.head.positions, dtype=torch.bool),
+        torch.ones(2, 5, dynamics.head.positions, dtype=torch.bool),
         dynamics.normalise_actions(clip["actions"], clip["domain"]),
-        torch.ones(2, 3, dtype=torch.bool),
+        torch.ones(2, 5, dtype=torch.bool),
         clip["agent_pos"][:, :-1],
         clip["domain"],
     )
+    history = dynamics.config.body.history
     unknown = dynamics.clip_features(*inputs).coasted_BTP
     mixed = dynamics.clip_features(*inputs, torch.tensor([True, False])).coasted_BTP
     torch.testing.assert_close(mixed[1], unknown[1])
-    torch.testing.assert_close(mixed[0, 1:], unknown[0, 1:])
+    torch.testing.assert_close(mixed[0, history:], unknown[0, history:])
     assert not torch.allclose(mixed[0, 0], unknown[0, 0])
 
 

@@ -289,7 +289,7 @@ def test_passive_steps_need_no_action_and_differ_from_zero_actions() -> None:
     after, passive = dynamics.step(state, None)
     _, still = dynamics.step(state, torch.zeros(2, 3))
     assert not torch.allclose(passive.tokens, still.tokens)
-    assert not after.acted_B.any()
+    assert not after.acted_BK[:, 0].any()
     nothing = model("soft", domain(actions=0))
     assert nothing.action_size == 0 and nothing.act(begin(nothing, clip)).shape == (2, 0)
     _, out = nothing.step(begin(nothing, clip), None)

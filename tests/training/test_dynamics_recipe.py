@@ -19,9 +19,9 @@ from hma_gym.data.windows import ClipBatches
 from hma_gym.dynamics.checkpoint import load_checkpoint
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument, ResumeError
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
-from hma_gym.tokenizers.files import save_tokenizer
+from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.training import saved_weights
-from hma_gym.training.recipes.dynamics import DynamicsOptions, train_dynamics
+from hma_gym.training.recipes.dynamics import DynamicsOptions, OpenLoopValidation, train_dynamics
 
 SIZE, ROWS = 32, 14
 
@@ -74,6 +74,7 @@ def _options(material: Path, out: Path, **fields: Any) -> DynamicsOptions:
         "tokenizer": material / "soft",
         "size": "toy",
         "steps": 9,
+        "body_steps": 5,
         "batch_size": 3,
         "frames": 3,
         "starts": 2,
@@ -125,6 +126,36 @@ def test_interrupted_at_five_steps_equals_uninterrupted(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_files_of_one_name_are_one_domain(material: Path, tmp_path: Path) -> None:
+    data = (material / "small.hdf5", material / "large.hdf5", material / "small.hdf5")
+    result = train_dynamics(_options(material, tmp_path / "run", data=data, names=("a", "b", "a"), steps=2))
+    assert result.finished
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert [domain.name for domain in checkpoint.dynamics.domains] == ["a", "b"]
+    assert checkpoint.provenance["episodes"] == [24, 12]
+
+
+def test_an_interrupted_body_goes_on_before_the_trunk(material: Path, tmp_path: Path) -> None:
+    first = train_dynamics(_options(material, tmp_path / "run", max_minutes=1e-6))
+    assert not first.finished and not (tmp_path / "run" / "saved").exists()
+    assert train_dynamics(_options(material, tmp_path / "run")).finished
+
+
+def test_the_trunk_corrects_where_that_helps_a_rollout(material: Path, whole: Path) -> None:
+    """A state head that is right in one dim and wrong in the other is used in the first one only."""
+    cache = load_token_cache(whole / "small.tokens.h5")
+    dynamics = load_checkpoint(whole / "checkpoint").dynamics
+    validation = OpenLoopValidation(None, load_tokenizer(material / "soft"), [cache], dynamics.domains[:1], episodes=4)
+    adapter = dynamics.adapter(0)
+    for parameter in (*adapter.body.parameters(), *adapter.state_out.parameters()):
+        parameter.data.zero_()  # the body stands still
+    drift = float(np.concatenate([np.diff(cache.agent_pos_FP[cache.rows(n)], axis=0) for n in range(4)])[:, 0].mean())
+    assert abs(drift) > 1e-4
+    adapter.state_out.bias.data[:2] = torch.tensor([drift, 100.0]) / adapter.get_buffer("delta_std")
+    validation.choose_corrections(dynamics)
+    assert adapter.get_buffer("corrected").tolist() == [1.0, 0.0]
+
+
 def test_the_checkpoint_has_starts_of_every_domain(material: Path, whole: Path) -> None:
     checkpoint = load_checkpoint(whole / "checkpoint")
     assert [domain.name for domain in checkpoint.dynamics.domains] == ["small", "large"]
@@ -163,9 +194,10 @@ def test_warm_start(material: Path, whole: Path, tmp_path: Path) -> None:
     """From a run's averaged weights, and from its checkpoint: the first steps begin where the other ended."""
     for source in (whole, whole / "checkpoint"):
         out = tmp_path / source.name
-        train_dynamics(_options(material, out, steps=1, init=source, lr=1e-9, muon_lr=1e-9))
+        train_dynamics(_options(material, out, steps=1, body_steps=0, init=source, lr=1e-9, muon_lr=1e-9))
         ours, theirs = saved_weights(out), saved_weights(whole)
-        for name in theirs.keys() - {"head.residual_rms"}:  # a running statistic goes on
+        chosen_afterwards = {name for name in theirs if name.endswith(".corrected")}
+        for name in theirs.keys() - chosen_afterwards - {"head.residual_rms"}:  # a running statistic goes on
             torch.testing.assert_close(ours[name], theirs[name], rtol=2e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="does not fit this model.*same size"):
         train_dynamics(_options(material, tmp_path / "other", init=whole, data=(material / "small.hdf5",)))
@@ -215,7 +247,7 @@ def test_another_configuration_does_not_resume(material: Path, whole: Path, tmp_
 
 def test_options_are_checked(material: Path, tmp_path: Path) -> None:
     twice = (material / "small.hdf5", material / "small.hdf5")
-    with pytest.raises(InvalidArgument, match="different names"):
+    with pytest.raises(InvalidArgument, match="equal stems"):
         train_dynamics(_options(material, tmp_path, data=twice))
     with pytest.raises(InvalidArgument, match="one a dataset"):
         _options(material, tmp_path, names=("a",))

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hma_gym.data.cache import TokenCache, build_token_cache, load_token_cache
+from hma_gym.data.cache import TokenCache, build_token_cache, join_caches, load_token_cache
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
@@ -41,6 +42,7 @@ from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
 from hma_gym.training.mixture import mixture_probabilities
+from hma_gym.training.recipes.body import train_bodies
 
 #: Batches of the held-out loss; as many as a training step has, each.
 HELD_OUT_BATCHES = 8
@@ -54,13 +56,16 @@ class DynamicsOptions:
     """Options of ``hma-gym train dynamics``; everything else is the recipe's.
 
     Attributes:
-        data: robomimic HDF5 files with images (or ``.parts`` folders), one a domain.
+        data: robomimic HDF5 files with images (or ``.parts`` folders).
         tokenizer: folder of a trained tokenizer; its kind decides whether the model is soft or discrete.
         out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
-        names: names of the domains, one a file; by default the files' stems.
+        names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
+            files' stems.
         judge: folder of a trained classifier judge to put into the checkpoint.
         init: a run's folder or a checkpoint to start from (same shapes), instead of random weights.
         task: key of the task that the checkpoint is for; "" for your own robot.
+        body_steps: length of the training of the bodies, before the trunk's (see :mod:`hma_gym.training.recipes.body`);
+            with 0 they are trained with the trunk, or stay those of ``init``.
         size: named size of the trunk, see :data:`hma_gym.dynamics.sizes.TRUNKS`.
         minutes: length of the training.
         steps: length in steps, in place of minutes (then a resumed run is exact).
@@ -85,6 +90,7 @@ class DynamicsOptions:
     judge: Path | None = None
     init: Path | None = None
     task: str = ""
+    body_steps: int = 6000
     size: Literal["toy", "lift", "small"] = "lift"
     minutes: float = 60.0
     steps: int | None = None
@@ -111,6 +117,8 @@ class DynamicsOptions:
             raise InvalidArgument(
                 f"names must be one a dataset, got {len(self.names)} names for {len(self.data)} datasets."
             )
+        if self.body_steps < 0:
+            raise InvalidArgument(f"body_steps must be 0 or more, got {self.body_steps}.")
         if self.starts < 1:
             raise InvalidArgument(f"starts must be 1 or more, got {self.starts}.")
 
@@ -193,28 +201,10 @@ class OpenLoopValidation:
         """
         assert isinstance(model, Dynamics)
         scores = self._losses(model)
-        for index, (cache, domain) in enumerate(zip(self.caches, self.domains, strict=True)):
-            split = "valid" if len(cache.episodes("valid")) else "train"
-            room = np.diff(cache.starts_N1)
-            stride = domain.stride
-            chosen = [n for n in cache.episodes(split) if room[n] > stride][: self.episodes]
-            if not chosen:
-                raise DatasetError(
-                    f"no {split} episode of domain {domain.name!r} is longer than its stride of {stride} steps; "
-                    "record longer episodes, or move some to the filter key 'valid'."
-                )
-            horizon = min(self.horizon, *((int(room[n]) - 1) // stride for n in chosen))
-            first = np.array([cache.starts_N1[n] for n in chosen])
-            frames = first[:, None] + stride * np.arange(horizon + 1)
-            steps = first[:, None, None] + stride * np.arange(horizon)[:, None] + np.arange(stride)
-            tokens = torch.from_numpy(
-                cache.tokens[frames].astype(np.float32 if self.tokenizer.kind == "soft" else np.int64)
-            )
-            actions = torch.from_numpy(cache.actions_FA[steps].reshape(len(chosen), horizon, -1))
-            agent_pos, targets = cache.agent_pos_FP[frames], cache.targets_FX[frames]
-            device = next(model.parameters()).device
+        for index, domain in enumerate(self.domains):
+            tokens, actions, agent_pos, targets = self._episodes(index)
             truth = self._decode(tokens)
-            shown, pos, found = self._rollout(model, tokens, actions, agent_pos, index, device, every=True)
+            shown, pos, found = self._rollout(model, tokens, actions, agent_pos, index, every=True)
             curve = psnr(shown, truth[:, 1:]).mean(dim=0)
             prefix = f"{domain.name}/" if len(self.domains) > 1 else ""
             scores[f"{prefix}psnr"] = float(curve.mean())
@@ -224,11 +214,9 @@ class OpenLoopValidation:
             generator = torch.Generator().manual_seed(0)
             for _ in range(5):
                 random = torch.rand(actions.shape, generator=generator)
-                low = torch.tensor(domain.action_low).repeat(stride)
-                high = torch.tensor(domain.action_high).repeat(stride)
-                other, _, _ = self._rollout(
-                    model, tokens, low + random * (high - low), agent_pos, index, device, every=False
-                )
+                low = torch.tensor(domain.action_low).repeat(domain.stride)
+                high = torch.tensor(domain.action_high).repeat(domain.stride)
+                other, _, _ = self._rollout(model, tokens, low + random * (high - low), agent_pos, index, every=False)
                 wrong.append(psnr(other[:, -1], truth[:, -1]).mean())
             scores[f"{prefix}delta_psnr"] = float(curve[-1] - torch.stack(wrong).mean())
             if domain.state_dim >= 3:
@@ -243,6 +231,22 @@ class OpenLoopValidation:
                 scores[f"{prefix}outcome"] = float((seen == true).mean())
                 scores[f"{prefix}implied"] = float(seen.mean() - true.mean())
         return scores
+
+    def choose_corrections(self, model: Dynamics) -> None:
+        """Let the trunk correct each dim of agent_pos whose own error in rollouts that lowers, dim by dim."""
+        for index, domain in enumerate(self.domains):
+            if not domain.state_dim:
+                continue
+            tokens, actions, agent_pos, _ = self._episodes(index)
+            chosen = torch.zeros(domain.state_dim)
+            errors = []
+            for corrected in (torch.zeros(domain.state_dim), *torch.eye(domain.state_dim)):
+                model.set_corrected(index, corrected)
+                _, found, _ = self._rollout(model, tokens, actions, agent_pos, index, every=False)
+                errors.append(np.abs(found - agent_pos[:, 1:]).mean(axis=(0, 1)))
+            for dim in range(domain.state_dim):
+                chosen[dim] = float(errors[1 + dim][dim] < errors[0][dim])
+            model.set_corrected(index, chosen)
 
     def _losses(self, model: Dynamics) -> dict[str, float]:
         """Mean loss and metrics of the first held-out batches, with the same random choices at every call."""
@@ -259,6 +263,26 @@ class OpenLoopValidation:
             sums["valid_perplexity"] = math.exp(sums["valid_cross_entropy"])
         return sums
 
+    def _episodes(self, index: int) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+        """Tokens (B, T + 1, S...), action chunks (B, T, A), agent_pos and targets (B, T + 1, ...) of one domain."""
+        cache, domain = self.caches[index], self.domains[index]
+        split, stride = "valid" if len(cache.episodes("valid")) else "train", domain.stride
+        room = np.diff(cache.starts_N1)
+        chosen = [n for n in cache.episodes(split) if room[n] > stride][: self.episodes]
+        if not chosen:
+            raise DatasetError(
+                f"no {split} episode of domain {domain.name!r} is longer than its stride of {stride} steps; "
+                "record longer episodes, or move some to the filter key 'valid'."
+            )
+        horizon = min(self.horizon, *((int(room[n]) - 1) // stride for n in chosen))
+        first = np.array([cache.starts_N1[n] for n in chosen])
+        frames = first[:, None] + stride * np.arange(horizon + 1)
+        steps = first[:, None, None] + stride * np.arange(horizon)[:, None] + np.arange(stride)
+        soft = self.tokenizer.kind == "soft"
+        tokens = torch.from_numpy(cache.tokens[frames].astype(np.float32 if soft else np.int64))
+        actions = torch.from_numpy(cache.actions_FA[steps].reshape(len(chosen), horizon, -1))
+        return tokens, actions, cache.agent_pos_FP[frames], cache.targets_FX[frames]
+
     def _decode(self, tokens: Tensor) -> Tensor:
         return torch.stack([self.tokenizer.decode(row) for row in tokens])
 
@@ -269,11 +293,10 @@ class OpenLoopValidation:
         actions: Tensor,
         agent_pos: np.ndarray,
         domain: int,
-        device: torch.device,
         every: bool,
     ) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Frames (B, T, H, W, 3) (only the last one unless ``every``), agent_pos and targets of all steps."""
-        B = len(tokens)
+        B, device = len(tokens), next(model.parameters()).device
         pos = np.zeros((B, model.state_size), np.float32)
         pos[:, : agent_pos.shape[-1]] = agent_pos[:, 0]
         padded = torch.zeros(B, actions.shape[1], model.action_size)
@@ -321,6 +344,24 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
     return cache
 
 
+def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> tuple[dict[str, list[Dataset]], list[TokenCache]]:
+    """The files and the token cache of each domain, in the order in which the domains are first named."""
+    names = options.names or tuple(path.name.split(".")[0] for path in options.data)
+    if not options.names and len(set(names)) != len(names):
+        raise InvalidArgument(
+            f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of several."
+        )
+    datasets: dict[str, list[Dataset]] = {}
+    parts: dict[str, list[TokenCache]] = {}
+    for path, name in zip(options.data, names, strict=True):
+        files = datasets.setdefault(name, [])
+        files.append(open_dataset(path))
+        stem = name if len(files) == 1 else f"{name}-{len(files)}"
+        cache = cached_tokens(files[-1], tokenizer, options.out / f"{stem}.tokens.h5", name)
+        parts.setdefault(name, []).append(cache)
+    return datasets, [join_caches(caches) for caches in parts.values()]
+
+
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Tells one tokenizer's tokens from another's: 16 hexadecimal digits of a hash of its weights."""
     digest = hashlib.sha256()
@@ -366,15 +407,10 @@ def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
 
 def train_dynamics(options: DynamicsOptions) -> TrainResult:
     """Encode, train, and write ``<out>/checkpoint``. Interrupted, it saves; called again, it goes on."""
+    began = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
-    datasets = [open_dataset(path) for path in options.data]
-    names = options.names or tuple(path.name.split(".")[0] for path in options.data)
-    if len(set(names)) != len(names):
-        raise InvalidArgument(f"domains must have different names, got {list(names)}; give them with names.")
-    caches = [
-        cached_tokens(dataset, tokenizer, options.out / f"{name}.tokens.h5", name)
-        for dataset, name in zip(datasets, names, strict=True)
-    ]
+    datasets, caches = gather(options, tokenizer)
+    names = tuple(datasets)
     height, width = tokenizer.image_size
     domain_file = options.out / "domains.json"
     if domain_file.exists():  # statistics are fixed at the start of a run, also where the dataset has grown since
@@ -392,7 +428,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
                 image_size=(height, width),
                 control_hz=float(dataset.env_args.get("env_kwargs", {}).get("control_freq", 20)),
             )
-            for cache, dataset, name in zip(caches, datasets, names, strict=True)
+            for cache, (name, (dataset, *_)) in zip(caches, datasets.items(), strict=True)
         ]
         domain_file.parent.mkdir(parents=True, exist_ok=True)
         domain_file.write_text(json.dumps([domain.to_dict() for domain in domains], indent=1))
@@ -407,8 +443,23 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     model = Dynamics(config, domains)
     if options.init is not None:
         load_initial(model, options.init)
+    if options.body_steps:
+        bodies = train_bodies(
+            model,
+            caches,
+            options.out,
+            options.body_steps,
+            max_minutes=options.max_minutes,
+            device=options.device,
+            seed=options.seed,
+        )
+        if bodies and not bodies[-1].finished:
+            return bodies[-1]
+    if options.body_steps or options.init is not None:
+        model.freeze_bodies()
     lead_in = options.rollout_max if options.rollout_share > 0 else 0
-    clips = ClipConfig(options.batch_size, options.frames + lead_in, options.seed, margin=lead_in)
+    margin = max(lead_in, options.frames // 2)  # starts, where each rollout begins, and ends, which show the outcome
+    clips = ClipConfig(options.batch_size, options.frames + lead_in, options.seed, margin=margin)
     shares = mixture_probabilities({name: len(cache.tokens) for name, cache in zip(names, caches, strict=True)})
     batches = ClipBatches(caches, domains, clips, mixture=list(shares.values()))
     success = (2, LIFT_HEIGHT) if options.task == "lift" else None
@@ -419,24 +470,31 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     held_out = ClipBatches(caches, domains, clips, split="valid") if long_enough else None
     validation = OpenLoopValidation(held_out, tokenizer, caches, domains, success=success)
     loop = train_config(options, config)
+    if options.max_minutes is not None:
+        loop = dataclasses.replace(loop, max_minutes=max(options.max_minutes - (time.monotonic() - began) / 60, 0.1))
     result = train(model, batches, loop, evaluate=validation)
-    with result.ema.applied_to(model):
-        write_checkpoint(options, tokenizer, model, datasets, {**result.evaluation})
+    with result.ema.applied_to(model), torch.no_grad():
+        validation.choose_corrections(model)
+        write_checkpoint(options, tokenizer, model, list(datasets.values()), {**result.evaluation})
     return result
 
 
 def write_checkpoint(
-    options: DynamicsOptions, tokenizer: Tokenizer, model: Dynamics, datasets: Sequence[Dataset], scores: dict[str, Any]
+    options: DynamicsOptions,
+    tokenizer: Tokenizer,
+    model: Dynamics,
+    datasets: Sequence[Sequence[Dataset]],
+    scores: dict[str, Any],
 ) -> Path:
-    """The folder that ``gymnasium.make("HMA-v0", checkpoint=...)`` takes."""
-    sources = [*datasets]
+    """The folder that ``gymnasium.make("HMA-v0", checkpoint=...)`` takes; ``datasets`` are the files of each domain."""
+    sources = [files[0] for files in datasets]
     if options.starts_data is not None:
         sources[0] = open_dataset(options.starts_data)
         sources[0].masks = {}  # recorded for evaluation only: every episode is held out
     provenance = {
         "recipe": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        "episodes": [len(dataset) for dataset in datasets],
-        "data": [dataset.info for dataset in datasets],
+        "episodes": [sum(map(len, files)) for files in datasets],
+        "data": [dataset.info for files in datasets for dataset in files],
         "validation": {k: v for k, v in scores.items() if math.isfinite(v)},
     }
     for key in ("data", "tokenizer", "out", "judge", "init", "starts_data"):  # folders of the machine it was trained on

@@ -23,7 +23,10 @@ from hma_gym.training.judge import JudgeTrainConfig, train_judge
 from hma_gym.training.recipes.dynamics import DynamicsOptions, train_dynamics
 from hma_gym.training.recipes.tokenizer import RECIPES, TokenizerOptions, train_tokenizer
 
-TOKENIZER_SHARE, JUDGE_SHARE = 0.15, 0.1
+TOKENIZER_SHARE, JUDGE_SHARE, BODY_SHARE = 0.15, 0.1, 0.12
+
+#: Steps of the body's training that fit into its share of a minute, on one CPU core; and the most that it needs.
+BODY_STEPS_A_MINUTE, BODY_STEPS = 50, 6000
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,15 @@ class WorldOptions:
     """Options of ``hma-gym train world``.
 
     Attributes:
-        data: robomimic HDF5 files with images of one size, one a robot (domain); their action and state dims may
-            differ.
+        data: robomimic HDF5 files with images of one size; the action and state dims of robots (domains) may differ.
         out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
-        names: names of the domains, one a file; by default the files' stems.
+        names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
+            files' stems.
         task: key of the task that the data is of; "" for your own robot.
         kind: continuous tokens, or indices of a finite scalar quantiser.
         size: named size of the dynamics model.
-        minutes: length of the whole training: 15 percent the tokenizer, 10 the judge, the rest the dynamics.
+        minutes: length of the whole training: 15 percent the tokenizer, 10 the judge, 12 the bodies, the rest the
+            trunk.
         steps: length of every stage in steps, in place of minutes (then a resumed run is exact).
         judge: train a judge of success on the first file; ``auto`` does where its training episodes have rewards of
             both kinds. Without one, the world gives no reward.
@@ -123,7 +127,8 @@ def train_world(options: WorldOptions) -> Path:
                 seed=options.seed,
             )
         ).folder
-    left = 1.0 - TOKENIZER_SHARE - (JUDGE_SHARE if judge is not None else 0.0)
+    left = 1.0 - TOKENIZER_SHARE - BODY_SHARE - (JUDGE_SHARE if judge is not None else 0.0)
+    body_steps = max(1, min(BODY_STEPS, int(BODY_STEPS_A_MINUTE * options.minutes)))
     train_dynamics(
         DynamicsOptions(
             data=options.data,
@@ -133,6 +138,7 @@ def train_world(options: WorldOptions) -> Path:
             judge=judge,
             task=options.task,
             size=options.size,
+            body_steps=body_steps if options.steps is None else options.steps,
             minutes=left * options.minutes,
             steps=options.steps,
             device=options.device,

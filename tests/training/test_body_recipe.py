@@ -1,0 +1,109 @@
+"""The first stage of the dynamics recipe: windows for the body, and how it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hma_gym.data.cache import TokenCache, join_caches
+from hma_gym.domains import Domain
+from hma_gym.dynamics.mar import FlowHeadConfig
+from hma_gym.dynamics.model import Dynamics, DynamicsConfig
+from hma_gym.errors import DatasetError
+from hma_gym.nn.transformer import TrunkConfig
+from hma_gym.training.recipes.body import BodyBatches, train_bodies
+
+ROWS = 20
+
+
+def _cache(episodes: int = 10, rows: int = ROWS, tokenizer: str = "x") -> TokenCache:
+    """agent_pos counts the actions up, and says in its second dim which episode and row it is."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (episodes, rows, 2)).astype(np.float32)
+    place = np.concatenate([np.zeros((episodes, 1)), np.cumsum(actions[:, :-1, 0], axis=1)], axis=1)
+    label = np.arange(episodes * rows).reshape(episodes, rows)
+    return TokenCache(
+        tokens=rng.normal(size=(episodes * rows, 16, 3)).astype(np.float16),
+        actions_FA=actions.reshape(-1, 2),
+        agent_pos_FP=np.stack((place, label), axis=-1).reshape(-1, 2).astype(np.float32),
+        targets_FX=np.zeros((episodes * rows, 0), np.float32),
+        starts_N1=np.arange(episodes + 1) * rows,
+        split_N=np.array([0] * (episodes - 2) + [1, 2]),
+        success_N=np.zeros(episodes, bool),
+        category_N=("",) * episodes,
+        name_N=tuple(f"demo_{n}" for n in range(episodes)),
+        domain="arm",
+        tokenizer=tokenizer,
+    )
+
+
+def _dynamics(cache: TokenCache, stride: int = 1) -> Dynamics:
+    own: Domain = cache.make_domain("arm", stride=stride, control_hz=10.0, image_size=(32, 32))
+    torch.manual_seed(0)
+    trunk = TrunkConfig(layers=1, width=16, heads=2, window=4)
+    return Dynamics(DynamicsConfig(trunk, FlowHeadConfig((4, 4), channels=3, patch=2)), [own])
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int) -> None:
+    cache = _cache()
+    batches = BodyBatches(cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0)
+    batch = batches.batch(0)
+    label = batch["agent_pos"][..., 1].numpy().astype(int)
+    assert (np.diff(label, axis=1) == stride).all() and (label // ROWS == label[:, :1] // ROWS).all()
+    assert (label[:, 0] // ROWS < 8).all()  # training episodes only
+    assert ((label[:, 0] % ROWS == 0) == batch["at_rest"].numpy()).all()
+    assert 0.4 < batch["at_rest"].float().mean() < 0.9
+    own = batches.body.domain
+    raw = batch["actions"] * torch.tensor(own.action_std).repeat(stride) + torch.tensor(own.action_mean).repeat(stride)
+    moved = raw.unflatten(-1, (stride, 2))[..., 0].sum(dim=-1)
+    torch.testing.assert_close(batch["agent_pos"][:, 1:, 0] - batch["agent_pos"][:, :-1, 0], moved, atol=1e-4, rtol=0)
+    shown = batch["poses"][:, 1].numpy().astype(int)
+    np.testing.assert_array_equal(batch["tokens"].numpy(), cache.tokens[shown].astype(np.float32))
+
+
+def test_windows_grow_over_the_first_third_and_are_a_function_of_the_step() -> None:
+    cache = _cache()
+    batches = BodyBatches(cache, _dynamics(cache).adapter(0).body, 4, 2, steps=300, seed=0)
+    lengths = [batches.transitions(step) for step in range(300)]
+    assert lengths[0] == 4 and lengths[100:] == [ROWS - 1] * 200 and lengths == sorted(lengths)
+    for name, value in batches.batch(7).items():
+        assert torch.equal(value, batches.batch(7)[name])
+
+
+def test_episodes_shorter_than_a_stride_are_refused() -> None:
+    cache = _cache(rows=4)
+    body = _dynamics(_cache(), stride=5).adapter(0).body
+    with pytest.raises(DatasetError, match="longer than its stride of 5"):
+        BodyBatches(cache, body, 4, 2, steps=10, seed=0)
+
+
+def test_training_improves_resumes_where_it_stopped_and_is_not_repeated(tmp_path: Path) -> None:
+    cache = _cache()
+    one, two = _dynamics(cache), _dynamics(cache)
+    whole = train_bodies(one, [cache], tmp_path / "whole", 60, windows=8, frames=8)[-1]
+    assert whole.finished and whole.evaluation["valid_look"] < 1.5
+    first = train_bodies(two, [cache], tmp_path / "parts", 60, windows=8, frames=8, max_minutes=1e-6)[-1]
+    assert not first.finished and first.step < 60
+    again = train_bodies(_dynamics(cache), [cache], tmp_path / "parts", 60, windows=8, frames=8)[-1]
+    assert again.finished
+    third = _dynamics(cache)
+    assert train_bodies(third, [cache], tmp_path / "parts", 60, windows=8, frames=8)[-1].step == 60
+    for name, value in one.adapter(0).body.state_dict().items():
+        assert torch.equal(value, third.adapter(0).body.state_dict()[name]), name
+
+
+def test_caches_of_one_domain_are_joined() -> None:
+    one, two = _cache(), _cache(episodes=3)
+    joined = join_caches([one, two])
+    assert len(joined) == 13 and joined.rows(11) == slice(220, 240)
+    np.testing.assert_array_equal(joined.tokens[joined.rows(11)], two.tokens[two.rows(1)])
+    assert list(joined.episodes("test")) == [9, 12] and len(set(joined.name_N)) == 13
+    with pytest.raises(DatasetError, match="different tokenizers"):
+        join_caches([one, _cache(tokenizer="y")])
+    with pytest.raises(DatasetError, match="must be alike"):
+        join_caches([one, dataclasses.replace(two, targets_FX=np.zeros((60, 3), np.float32))])
