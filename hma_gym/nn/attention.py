@@ -2,12 +2,15 @@
 
 Notable choices:
 
-- one function, :func:`attend`, is the only caller of softmax attention; ``matmul`` is the faster one to train on
-  CPUs at these sizes (the backward pass of the fused kernel dominates there), ``fused`` on GPUs;
+- :func:`attend` is for whole frames and clips; ``matmul`` is the faster one to train on CPUs at these sizes (the
+  backward pass of the fused kernel dominates there), ``fused`` on GPUs;
+- :func:`attend_ring` is for rollouts: one or two queries against the frames of a ring buffer, read where they lie. As
+  matrix products these are thousands of 1 x W ones on permuted copies; as sums of products they are five times faster;
 - time is encoded by rotary positions (Su et al. 2021, arXiv 2104.09864) and seen through a window of W frames, in
   training as in inference, so a cache of W frames is exact however long the rollout is.
 
-Shape legend: B rows, T new frames, W window (frames in the cache), H heads, K head dim, Q queries, S keys.
+Shape legend: B rows, T new frames, W window (frames in the cache), H heads, K head dim, Q queries, S keys,
+G = N * H heads of all tokens of a frame.
 """
 
 from __future__ import annotations
@@ -46,6 +49,35 @@ def attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+def attend_ring(
+    q_BTGK: Tensor,
+    past_BWGK: tuple[Tensor, Tensor],
+    new_BTGK: tuple[Tensor, Tensor],
+    scale: float,
+    mask_BTS: Tensor,
+) -> Tensor:
+    """Softmax attention over time of a few new frames, to a ring buffer and to each other, without copying it.
+
+    Args:
+        q_BTGK: queries.
+        past_BWGK, new_BTGK: keys and values of the ring buffer's slots and of the new frames.
+        scale: multiplies the scores.
+        mask_BTS: bool (B, T, W + T), True where a new frame may look.
+
+    Returns:
+        (B, T, G, K) in the dtype of the new values.
+    """
+    window, frames = past_BWGK[0].shape[1], []
+    for t in range(q_BTGK.shape[1]):
+        q_B1GK = q_BTGK[:, t, None] * scale
+        scores_BSG = torch.cat([(k * q_B1GK).sum(dim=-1) for k in (past_BWGK[0], new_BTGK[0])], dim=1)
+        scores_BSG = scores_BSG.masked_fill(~mask_BTS[:, t, :, None], torch.finfo(scores_BSG.dtype).min)
+        share_BSG1 = scores_BSG.softmax(dim=1).unsqueeze(-1)
+        past_BGK = (past_BWGK[1] * share_BSG1[:, :window]).sum(dim=1)
+        frames.append(past_BGK + (new_BTGK[1] * share_BSG1[:, window:]).sum(dim=1))
+    return torch.stack(frames, dim=1).to(new_BTGK[1].dtype)
 
 
 def rotary_angles(position: Tensor, dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.attention import Implementation, attend, ring_positions, rotary_angles, rotate, window_mask
+from hma_gym.nn.attention import Implementation, attend, attend_ring, ring_positions, rotary_angles, rotate, window_mask
 
 ModulationKind = Literal["adaln", "residual", "published"]
 TimePositions = Literal["rotary", "learned"]
@@ -153,13 +153,17 @@ class Block(nn.Module):
         hidden = F.gelu(self.up(self._normalise(x_BTND, modulation_BTMD, 2)), approximate=self.gelu)
         return x_BTND + self.down(hidden)
 
-    def forward(self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """A whole clip. ``rotary``: cosines and sines (T, K/2); ``mask``: (T, T) bool."""
+    def forward(
+        self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor
+    ) -> Tensor:
+        """A whole clip. ``rotary``: cosines and sines (T, K/2), None without; ``mask``: (T, T) bool."""
         x_BTND = self._space(x_BTND, modulation_BTMD)
         B, T, N, D = x_BTND.shape
-        cos, sin = (angle[:, None, None] for angle in rotary)
         q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
-        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        if rotary is not None:
+            cos, sin = (angle[:, None, None] for angle in rotary)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))
         y = attend(q, k, v, self.scale, mask, how=self.config.attention)
         x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
         return self._feed_forward(x_BTND, modulation_BTMD)
@@ -168,26 +172,25 @@ class Block(nn.Module):
         self,
         x_BTND: Tensor,
         modulation_BTMD: Tensor,
-        rotary_BT: tuple[Tensor, Tensor],
+        rotary_BT: tuple[Tensor, Tensor] | None,
         past_BWND: tuple[Tensor, Tensor],
         mask_BTS: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """New frames only, against the ring buffer. Returns the output and the new keys and values, (B, T, N, D).
 
-        ``rotary_BT``: cosines and sines (B, T, K/2); ``mask_BTS``: (B, T, W + T) bool, True where a frame may look.
+        ``rotary_BT``: cosines and sines (B, T, K/2), None without; ``mask_BTS``: (B, T, W + T) bool, True where a frame
+        may look.
         """
         x_BTND = self._space(x_BTND, modulation_BTMD)
         B, T, N, D = x_BTND.shape
-        heads, W = self.config.heads, past_BWND[0].shape[1]
-        cos, sin = (angle[:, :, None, None] for angle in rotary_BT)
-        q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        keys = torch.cat((past_BWND[0].view(B, W, N, heads, -1).to(k.dtype), k), dim=1)
-        values = torch.cat((past_BWND[1].view(B, W, N, heads, -1).to(v.dtype), v), dim=1)
-        q, keys, values = (y.permute(0, 2, 3, 1, 4) for y in (q, keys, values))
-        y = attend(q, keys, values, self.scale, mask_BTS[:, None, None], how="matmul")
-        x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
-        return self._feed_forward(x_BTND, modulation_BTMD), k.reshape(B, T, N, D), v.reshape(B, T, N, D)
+        q, k, v = (y.flatten(2, 3) for y in self._time_qkv(x_BTND, modulation_BTMD))
+        if rotary_BT is not None:
+            cos, sin = (angle[:, :, None] for angle in rotary_BT)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = (y.view(B, -1, N * self.config.heads, self.head_dim) for y in past_BWND)
+        y = attend_ring(q, (keys, values), (k, v), self.scale, mask_BTS)
+        x_BTND = x_BTND + self.temporal.out(y.view(B, T, N, D))
+        return self._feed_forward(x_BTND, modulation_BTMD), k.view(B, T, N, D), v.view(B, T, N, D)
 
 
 class PublishedBlock(Block):
@@ -220,9 +223,9 @@ class SpaceTimeTransformer(nn.Module):
             depth = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
             nn.init.normal_(parameter, std=1.0 / (math.sqrt(parameter.shape[1]) * depth))
 
-    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions == "learned":
-            position = torch.zeros_like(position)  # time enters by the input embedding; no rotation
+            return None  # time enters by the input embedding
         return rotary_angles(position, self.config.width // self.config.heads)
 
     def forward(self, x_BTND: Tensor, modulation_BTLMD: Tensor) -> Tensor:
