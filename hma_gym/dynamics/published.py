@@ -57,7 +57,6 @@ class PublishedConfig:
         action_tokens: Z.
         action_size: A.
         decode_steps, temperature: sampling of a frame; the reference's simulator takes 2 and 0.
-        keep: frames that stay when the time positions are used up, 1 to W - 1.
     """
 
     trunk: TrunkConfig
@@ -66,13 +65,8 @@ class PublishedConfig:
     action_size: int = 7
     decode_steps: int = 2
     temperature: float = 0.0
-    keep: int = 6
 
     def __post_init__(self) -> None:
-        if not 1 <= self.keep < self.trunk.window:
-            raise InvalidArgument(
-                f"published model: keep must be in 1..{self.trunk.window - 1} (the window less one), got {self.keep}."
-            )
         if self.decode_steps < 1 or self.temperature < 0:
             raise InvalidArgument(
                 "published model: decode_steps must be at least 1 and temperature at least 0, got "
@@ -98,7 +92,8 @@ class PublishedState:
         cache: keys and values of the frames before the current one.
         seed_B: int64; same seed and actions, same frames.
         filled: frames that hold a time position, the current one included.
-        step: frames generated since the start.
+        step: frames since the start.
+        keep: frames that stay when the time positions are used up.
     """
 
     tokens_BWS: Tensor
@@ -107,6 +102,7 @@ class PublishedState:
     seed_B: Tensor
     filled: int
     step: int
+    keep: int
 
     def __len__(self) -> int:
         return len(self.seed_B)
@@ -166,9 +162,21 @@ class PublishedModel(nn.Module):
         logits: Tensor = self.head.logits_out(x[:, :, : self.head.positions])
         return logits
 
-    def start(self, tokens_BS: Tensor, seed_B: Tensor) -> PublishedState:
-        """Rollouts that begin at one frame each, int64 tokens (B, S)."""
+    def start(self, tokens_BS: Tensor, seed_B: Tensor, keep: int | None = None) -> PublishedState:
+        """Rollouts that begin at one frame each.
+
+        Args:
+            tokens_BS: int64.
+            seed_B: int64.
+            keep: frames that stay when the time positions are used up, 1 to W - 1; half of the window by default.
+
+        Raises:
+            InvalidArgument: another ``keep``.
+        """
         B, W, device = len(tokens_BS), self.config.trunk.window, tokens_BS.device
+        keep = max(W // 2, 1) if keep is None else keep
+        if not 1 <= keep < W:
+            raise InvalidArgument(f"keep must be in 1..{W - 1} (the window less one), got {keep}.")
         tokens_BWS = tokens_BS[:, None].repeat(1, W, 1)
         return PublishedState(
             tokens_BWS,
@@ -177,6 +185,7 @@ class PublishedModel(nn.Module):
             seed_B.to(device=device, dtype=torch.int64),
             filled=1,
             step=0,
+            keep=keep,
         )
 
     @torch.no_grad()
@@ -246,12 +255,12 @@ class PublishedModel(nn.Module):
         actions = torch.cat((state.actions_BWA[:, 1:], torch.zeros_like(action_BA)[:, None]), dim=1)
         actions[:, -2] = action_BA
         tokens_BWS = torch.cat((state.tokens_BWS[:, 1:], tokens_BS[:, None]), dim=1)
-        return PublishedState(tokens_BWS, actions, cache, state.seed_B, state.filled + 1, state.step + 1)
+        return PublishedState(tokens_BWS, actions, cache, state.seed_B, state.filled + 1, state.step + 1, state.keep)
 
     def _with_room(self, state: PublishedState) -> PublishedState:
         """The same situation with a time position free for the next frame: fewer frames, a cache made anew."""
-        trunk, keep = self.config.trunk, self.config.keep
-        if state.filled < trunk.window:
+        keep = state.keep
+        if state.filled < self.config.trunk.window:
             return state
         cache = self.trunk.new_cache(len(state), self.positions, state.seed_B.device, state.cache.keys_BLWND.dtype)
         if keep > 1:
@@ -301,7 +310,6 @@ def read_published(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dom
             MaskGITHeadConfig(grid=(side, side), vocabulary=(size,) * factors),
             fields["action_token_size"],
             len(tensors[f"action_mlp.{domain}.model.0.weight"].T),
-            keep=max(fields["T"] // 2, 1),
         )
     )
     own = _Translation(tensors, domain).run(model)
