@@ -1,0 +1,78 @@
+"""Matrix products in a lower precision than everything else, for rollouts and decoding.
+
+Weights of linear and convolution layers are held in, and multiplied in, bfloat16; what comes out is float32 again, so
+that norms, softmax, the residual stream and the cache lose nothing. It is chosen by whoever loads a model, and never by
+itself: a rollout in bfloat16 is another rollout than one in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hma_gym.errors import InvalidArgument
+
+Precision = Literal["float32", "bfloat16"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class LowLinear(nn.Linear):
+    """A linear layer whose product is in the dtype of its weights and whose output is in that of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+class LowConv2d(nn.Conv2d):
+    """A convolution whose products are in the dtype of its weights and whose output is in that of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def _lower(layer: nn.Module) -> nn.Module | None:
+    low: nn.Module
+    if type(layer) is nn.Linear:
+        low = LowLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    elif type(layer) is nn.Conv2d and isinstance(layer.padding, tuple):
+        low = LowConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            bias=layer.bias is not None,
+            device="meta",
+        )
+    else:
+        return None
+    weights = {name: weight.to(torch.bfloat16) for name, weight in layer.state_dict().items()}
+    low.load_state_dict(weights, assign=True)
+    return low.train(layer.training)
+
+
+def in_precision(module: ModuleT, precision: Precision) -> ModuleT:
+    """The module as it is (``float32``), or a copy of it that multiplies in bfloat16.
+
+    Its parameters have the same names; the others share no memory with those of ``module``. For inference: gradients
+    are not wanted of the copy.
+
+    Raises:
+        InvalidArgument: another precision.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise InvalidArgument(f"precision must be 'float32' or 'bfloat16', got {precision!r}.")
+    if precision == "float32":
+        return module
+    lowered = copy.deepcopy(module)
+    for owner in list(lowered.modules()):
+        for name, layer in list(owner.named_children()):
+            low = _lower(layer)
+            if low is not None:
+                setattr(owner, name, low)
+    return lowered.requires_grad_(False)
