@@ -121,7 +121,9 @@ def machine_lines(facts: Mapping[str, Any], clock: Clock) -> str:
     )
 
 
-def write_results(out: Path, name: str, content: Mapping[str, Any], text: str, device: torch.device) -> tuple[Path, Path]:
+def write_results(
+    out: Path, name: str, content: Mapping[str, Any], text: str, device: torch.device
+) -> tuple[Path, Path]:
     """``<out>/<name>.json`` with the machine's facts, and ``<out>/<name>.md``."""
     out.mkdir(parents=True, exist_ok=True)
     data, table = out / f"{name}.json", out / f"{name}.md"

@@ -257,8 +257,8 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
             machine_lines(facts, config.clock),
             f"Our matrix products in {config.precision}; reference: "
             + ("none" if reference is None else f"its {config.reference_attention} attention, float32")
-            + f". {config.layers} layers, {config.side} x {config.side} tokens and 64 action tokens a frame, 12 frames, "
-            "2 unmasking passes a frame.",
+            + f". {config.layers} layers, {config.side} x {config.side} tokens and 64 action tokens a frame, 12 "
+            "frames, 2 unmasking passes a frame.",
             _table(rows),
         )
     )

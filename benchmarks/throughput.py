@@ -125,17 +125,26 @@ class GrowthRow:
 # ------------------------------------------------------------------ the learned world
 
 
-def _checkpoint(config: ThroughputConfig, precision: Precision) -> Checkpoint:
-    source = config.checkpoint if config.checkpoint is not None else get_task(config.task).checkpoint
+def world_in_precision(source: str | None, precision: Precision, device: str) -> Checkpoint:
+    """A checkpoint whose networks multiply in a precision.
+
+    Raises:
+        InvalidArgument: None, which is what a task without a checkpoint has.
+    """
     if source is None:
-        raise InvalidArgument(f"task {config.task!r} has no checkpoint of its own; pass checkpoint.")
-    loaded = load_checkpoint(source, device=config.device)
+        raise InvalidArgument("the task has no checkpoint of its own; pass checkpoint.")
+    loaded = load_checkpoint(source, device=device)
     return dataclasses.replace(
         loaded,
         tokenizer=in_precision(loaded.tokenizer, precision),
         dynamics=in_precision(loaded.dynamics, precision),
         judge=None if loaded.judge is None else in_precision(loaded.judge, precision),
     )
+
+
+def _checkpoint(config: ThroughputConfig, precision: Precision) -> Checkpoint:
+    source = config.checkpoint if config.checkpoint is not None else get_task(config.task).checkpoint
+    return world_in_precision(source, precision, config.device)
 
 
 def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
@@ -159,9 +168,7 @@ def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
         clock=config.clock,
         device=torch.device(config.device),
     )
-    return [
-        LearnedRow(count, p, timings[f"step {p}"], timings[f"chunk {p}"], sizes[p]) for p in config.precisions
-    ]
+    return [LearnedRow(count, p, timings[f"step {p}"], timings[f"chunk {p}"], sizes[p]) for p in config.precisions]
 
 
 # ------------------------------------------------------------------ the ground truth
@@ -201,7 +208,7 @@ def _run_ground_truth(renderer: Renderer, task_name: str, size: int, seconds: fl
         step(generator.uniform(-1, 1, dims).astype(np.float32))
     begin, steps = now(), 0
     while now() - begin < seconds:
-        if steps % task.max_episode_steps == task.max_episode_steps - 1:
+        if steps % task.horizon == task.horizon - 1:
             reset()
         step(generator.uniform(-1, 1, dims).astype(np.float32))
         steps += 1
@@ -271,9 +278,7 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
     """Run the benchmark and write its tables; returns the paths."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    size = load_checkpoint(
-        config.checkpoint if config.checkpoint is not None else str(get_task(config.task).checkpoint)
-    ).tokenizer.image_size[0]
+    size = _checkpoint(config, "float32").tokenizer.image_size[0]
     learned = [row for count in config.envs for row in _learned(config, count)]
     truth = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]
     with torch.inference_mode():
@@ -320,7 +325,12 @@ def _learned_table(rows: list[LearnedRow], chunk: int, best: float) -> str:
 def _growth_table(rows: list[GrowthRow]) -> str:
     first = {row.what: row for row in reversed(rows)}
     lines = [
-        (row.what, row.at, 1000 * row.timing.median.value, row.timing.median.value / first[row.what].timing.median.value)
+        (
+            row.what,
+            row.at,
+            1000 * row.timing.median.value,
+            row.timing.median.value / first[row.what].timing.median.value,
+        )
         for row in rows
     ]
     return markdown_table(("what", "at", "ms a step", "relative"), lines)

@@ -5,8 +5,8 @@ discrete head, one chosen domain. What our modules do not have goes into the wei
 of layer norms into the matrices behind them, the attention's scale into the queries.
 
 Its time positions are learned and absolute, for W frames. Inside these the cache is exact; when they are used up, the
-oldest frames are given up and the cache is made anew from the ``keep`` latest, once in W - keep frames. ``keep = W - 1``
-gives the reference's frames at any length, a smaller one fewer frames of context and more speed.
+oldest frames are given up and the cache is made anew from the ``keep`` latest, once in W - keep frames. The reference
+slides so at every frame, as ``keep = W - 1`` does; a smaller one means fewer frames of context and more speed.
 
 An action belongs to the column of the frame in which it is taken, so a frame's column is final when the next step
 says the action; it enters the cache in the same pass as the next frame's first unmasking pass.
@@ -268,7 +268,11 @@ class PublishedModel(nn.Module):
             embedded = self.stem(action.to(self.position_embedding.dtype))
             clean = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             _, cache = self.trunk.extend(
-                self._embed(tokens, clean, embedded, 0), self.modulation(embedded), cache, commit=keep - 1, in_place=True
+                self._embed(tokens, clean, embedded, 0),
+                self.modulation(embedded),
+                cache,
+                commit=keep - 1,
+                in_place=True,
             )
         return dataclasses.replace(state, cache=cache, filled=keep)
 

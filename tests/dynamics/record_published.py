@@ -2,8 +2,8 @@
 
     python tests/dynamics/record_published.py PATH_TO_HMA
 
-``PATH_TO_HMA`` is a checkout of github.com/liruiw/HMA (recorded at commit e3c89088fa82). The file holds the state dict of
-its model with random weights (seed 0), random inputs, and the logits that it gives for them; its metadata holds the
+``PATH_TO_HMA`` is a checkout of github.com/liruiw/HMA (recorded at commit e3c89088fa82). The file holds the state dict
+of its model with random weights (seed 0), random inputs, and the logits that it gives for them; its metadata holds the
 configuration. No code of it is kept.
 """
 

@@ -143,7 +143,9 @@ def test_a_folder_of_the_hub_is_read(model: PublishedModel, recorded: Any, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_published(tmp_path, "arm")
     assert loaded.config == model.config
-    torch.testing.assert_close(loaded.logits(data["tokens"], data["masked"], data["actions"]), data["logits"], **TOLERANCE)
+    torch.testing.assert_close(
+        loaded.logits(data["tokens"], data["masked"], data["actions"]), data["logits"], **TOLERANCE
+    )
 
 
 def test_other_domains_are_left_and_anything_else_is_refused(recorded: Any, tmp_path: Path) -> None:
