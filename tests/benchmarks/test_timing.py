@@ -1,0 +1,123 @@
+"""The speed benchmarks: their clock, their tables, and that each runs and writes what it says, at a trial size."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hma_gym.benchmarks._reference import load_reference
+from hma_gym.benchmarks._timing import markdown_table, summary, time_calls
+from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
+from hma_gym.benchmarks.profile import ProfileConfig, profile
+from hma_gym.benchmarks.throughput import ThroughputConfig, throughput
+from hma_gym.errors import InvalidArgument, UnknownName
+
+
+def test_a_summary_is_a_median_with_its_interval_and_percentiles() -> None:
+    timing = summary(np.array([1.0, 2.0, 3.0, 4.0, 100.0]))
+    assert timing.median.value == 3.0 and 1.0 <= timing.median.low < 3.0 < timing.median.high <= 100.0
+    assert timing.p90 > 4.0 and timing.p99 > timing.p90 and timing.repeats == 5
+    rate = timing.rate(6.0)
+    assert rate.value == 2.0 and rate.low == 6.0 / timing.median.high and rate.high == 6.0 / timing.median.low
+
+
+def test_calls_take_turns_after_their_warm_up() -> None:
+    order: list[str] = []
+    timings = time_calls({name: lambda n=name: order.append(n) for name in "ab"}, repeats=3, warmup=2)  # type: ignore[misc]
+    assert "".join(order) == "aabb" + "ab" * 3
+    assert {name: timing.repeats for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_wall_time_sees_a_sleep_and_processor_time_does_not() -> None:
+    def sleep() -> None:
+        time.sleep(0.05)
+
+    wall = time_calls({"sleep": sleep}, repeats=1, warmup=0, clock="wall")["sleep"]
+    cpu = time_calls({"sleep": sleep}, repeats=1, warmup=0, clock="cpu")["sleep"]
+    assert wall.median.value >= 0.05 > 0.03 > cpu.median.value
+
+
+def test_timing_refuses_what_it_cannot_time() -> None:
+    with pytest.raises(InvalidArgument, match="repeats=0"):
+        time_calls({}, repeats=0)
+    with pytest.raises(InvalidArgument, match="clock='cpu'"):
+        time_calls({}, repeats=1, clock="cpu", device=torch.device("cuda"))
+
+
+def test_a_table_shows_numbers_with_three_digits() -> None:
+    table = markdown_table(("a", "b"), [(1.23456, "x"), (12345.6, 7)])
+    assert table.splitlines() == ["| a | b |", "| --- | --- |", "| 1.23 | x |", "| 12,346 | 7 |"]
+
+
+def _read(paths: tuple[Path, Path]) -> tuple[dict[str, Any], str]:
+    data = json.loads(paths[0].read_text())
+    assert {"commit", "processor", "packages"} <= data["provenance"].keys()
+    return data, paths[1].read_text()
+
+
+def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
+    config = InferenceSpeedConfig(batches=(1, 2), layers=1, side=2, repeats=2, out=tmp_path)
+    data, text = _read(inference_speed(config))
+    assert [(row["batch"], row["engine"]) for row in data["rows"]] == [
+        (batch, engine) for batch in (1, 2) for engine in ("cached", "sliding", "same context")
+    ]
+    assert all(row["timing"]["median"]["value"] > 0 for row in data["rows"])
+    assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
+    assert text.count("| base |") == 6
+
+
+def test_inference_speed_refuses_unknown_models_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="huge"):
+        InferenceSpeedConfig(models=("huge",))
+    with pytest.raises(InvalidArgument, match="batches"):
+        InferenceSpeedConfig(batches=())
+    with pytest.raises(InvalidArgument, match=r"checkout of github.com/liruiw/HMA"):
+        load_reference(tmp_path, "plain")
+
+
+def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
+    config = ThroughputConfig(
+        checkpoint=str(toy_folder),
+        envs=(1, 2),
+        chunk=2,
+        precisions=("float32", "bfloat16"),
+        repeats=2,
+        early=2,
+        late=6,
+        contexts=(2, 4),
+        context_envs=2,
+        ground_truth=(),
+        out=tmp_path,
+    )
+    data, text = _read(throughput(config))
+    assert [(row["envs"], row["precision"]) for row in data["learned"]] == [
+        (envs, precision) for envs in (1, 2) for precision in ("float32", "bfloat16")
+    ]
+    assert [(row["what"], row["at"]) for row in data["growth"]] == [
+        ("step", 2),
+        ("step", 6),
+        ("context", 2),
+        ("context", 4),
+    ]
+    assert "chunk: frames/s" in text
+    with pytest.raises(InvalidArgument, match="early=5"):
+        ThroughputConfig(early=5, late=5)
+
+
+def test_profile_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
+    config = ProfileConfig(checkpoint=str(toy_folder), envs=(2,), repeats=2, matrix=64, copy_mb=1, out=tmp_path)
+    data, text = _read(profile(config))
+    found = data["profiles"][0]
+    assert found["envs"] == 2 and found["trunk_flop"] > 0 and len(found["operations"]) == config.operations
+    assert {"step of the environment", "model step", "trunk", "decoder"} <= found["parts"].keys()
+    seconds = [operation["seconds"] for operation in found["operations"]]
+    assert seconds == sorted(seconds, reverse=True)
+    assert "percent of the matrix rate" in text
+    with pytest.raises(InvalidArgument, match="envs"):
+        ProfileConfig(envs=())
