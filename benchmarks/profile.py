@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
-from hma_gym.benchmarks.throughput import world_in_precision
+from hma_gym.benchmarks.throughput import checkpoint_in_precision
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.envs.tasks import get_task
 from hma_gym.envs.vector import HMAVectorEnv
@@ -219,7 +219,7 @@ def profile(config: ProfileConfig) -> tuple[Path, Path]:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     source = config.checkpoint if config.checkpoint is not None else get_task(config.task).checkpoint
-    world = LearnedWorld(world_in_precision(source, config.precision, config.device))
+    world = LearnedWorld(checkpoint_in_precision(source, config.precision, config.device))
     limits = measure_limits(config)
     profiles = [profile_step(config, world, count) for count in config.envs]
     parts = [

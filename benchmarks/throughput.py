@@ -29,13 +29,14 @@ import torch
 from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.dynamics.model import Dynamics
+from hma_gym.dynamics.precision import with_precision
 from hma_gym.envs.tasks import Task, get_task
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.extras import require
 from hma_gym.metrics.statistics import Interval
-from hma_gym.nn.precision import Precision, in_precision
+from hma_gym.nn.precision import Precision
 
 Renderer = Literal["ours", "plain"]
 
@@ -125,26 +126,20 @@ class GrowthRow:
 # ------------------------------------------------------------------ the learned world
 
 
-def world_in_precision(source: str | None, precision: Precision, device: str) -> Checkpoint:
-    """A checkpoint whose networks multiply in a precision.
+def checkpoint_in_precision(source: str | None, precision: Precision, device: str) -> Checkpoint:
+    """Load a checkpoint and choose its precision.
 
     Raises:
         InvalidArgument: None, which is what a task without a checkpoint has.
     """
     if source is None:
         raise InvalidArgument("the task has no checkpoint of its own; pass checkpoint.")
-    loaded = load_checkpoint(source, device=device)
-    return dataclasses.replace(
-        loaded,
-        tokenizer=in_precision(loaded.tokenizer, precision),
-        dynamics=in_precision(loaded.dynamics, precision),
-        judge=None if loaded.judge is None else in_precision(loaded.judge, precision),
-    )
+    return with_precision(load_checkpoint(source, device=device), precision)
 
 
 def _checkpoint(config: ThroughputConfig, precision: Precision) -> Checkpoint:
     source = config.checkpoint if config.checkpoint is not None else get_task(config.task).checkpoint
-    return world_in_precision(source, precision, config.device)
+    return checkpoint_in_precision(source, precision, config.device)
 
 
 def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:

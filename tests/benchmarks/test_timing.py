@@ -1,4 +1,4 @@
-"""The speed benchmarks: their clock, their tables, and that each runs and writes what it says, at a trial size."""
+"""The speed benchmarks: their clock, their tables, and that those of the environments run, at a trial size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from hma_gym.benchmarks._reference import load_reference
 from hma_gym.benchmarks._timing import markdown_table, summary, time_calls
-from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
 from hma_gym.benchmarks.profile import ProfileConfig, profile
 from hma_gym.benchmarks.throughput import ThroughputConfig, throughput
-from hma_gym.errors import InvalidArgument, UnknownName
+from hma_gym.errors import InvalidArgument
 
 
 def test_a_summary_is_a_median_with_its_interval_and_percentiles() -> None:
@@ -59,26 +57,6 @@ def _read(paths: tuple[Path, Path]) -> tuple[dict[str, Any], str]:
     data = json.loads(paths[0].read_text())
     assert {"commit", "processor", "packages"} <= data["provenance"].keys()
     return data, paths[1].read_text()
-
-
-def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
-    config = InferenceSpeedConfig(batches=(1, 2), layers=1, side=2, repeats=2, out=tmp_path)
-    data, text = _read(inference_speed(config))
-    assert [(row["batch"], row["engine"]) for row in data["rows"]] == [
-        (batch, engine) for batch in (1, 2) for engine in ("cached", "sliding", "same context")
-    ]
-    assert all(row["timing"]["median"]["value"] > 0 for row in data["rows"])
-    assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
-    assert text.count("| base |") == 6
-
-
-def test_inference_speed_refuses_unknown_models_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="huge"):
-        InferenceSpeedConfig(models=("huge",))
-    with pytest.raises(InvalidArgument, match="batches"):
-        InferenceSpeedConfig(batches=())
-    with pytest.raises(InvalidArgument, match=r"checkout of github.com/liruiw/HMA"):
-        load_reference(tmp_path, "plain")
 
 
 def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
