@@ -52,6 +52,7 @@ class ThroughputConfig:
         chunk: steps of a chunk.
         precisions: of the learned world's matrix products.
         repeats, warmup: timed calls of each, and calls before.
+        growth_repeats: the same of the single model steps whose costs are compared.
         early, late: steps of a rollout whose costs are compared.
         contexts: windows of models (of random weights) whose costs are compared.
         context_envs: rows of these, and of the rollouts of ``early`` and ``late``.
@@ -72,6 +73,7 @@ class ThroughputConfig:
     precisions: tuple[Precision, ...] = ("float32",)
     repeats: int = 20
     warmup: int = 3
+    growth_repeats: int = 50
     early: int = 20
     late: int = 1000
     contexts: tuple[int, ...] = (4, 8, 16, 32)
@@ -247,7 +249,7 @@ def _growth(config: ThroughputConfig) -> list[GrowthRow]:
     def measure(what: str, calls: dict[int, Callable[[], object]]) -> list[GrowthRow]:
         timings = time_calls(
             {str(at): call for at, call in calls.items()},
-            repeats=config.repeats,
+            repeats=config.growth_repeats,
             warmup=config.warmup,
             clock=config.clock,
             device=device,

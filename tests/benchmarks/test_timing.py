@@ -66,6 +66,7 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
         chunk=2,
         precisions=("float32", "bfloat16"),
         repeats=2,
+        growth_repeats=3,
         early=2,
         late=6,
         contexts=(2, 4),
