@@ -77,8 +77,26 @@ COMMANDS: dict[str, Command] = {
         "DynamicsOptions",
         "train_dynamics",
     ),
+    "train policy": Command(
+        "train a diffusion policy on demonstrations, checkpoints kept along the way",
+        "hma_gym.training.recipes.policy",
+        "PolicyOptions",
+        "train_policy",
+    ),
     "train judge": Command(
         "train the judge of success on a dataset", "hma_gym.training.judge", "JudgeTrainConfig", "train_judge"
+    ),
+    "evaluate": Command(
+        "play policies in the learned world and in ground truth from the same starts, and report how they compare",
+        "hma_gym.evaluation.policies",
+        "EvaluateConfig",
+        "main",
+    ),
+    "serve": Command(
+        "open the web app: label videos, drive the learned robot, browse reports",
+        "hma_gym.web.serve",
+        "ServeConfig",
+        "serve",
     ),
     "demo": Command(
         "compare the learned world with the true one: videos and a report",

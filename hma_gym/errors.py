@@ -72,3 +72,7 @@ class ResumeError(HMAError, RuntimeError):
 
 class TrainingDiverged(HMAError, ArithmeticError):
     """Losses or gradients stayed non-finite; the run's last saved state is from before."""
+
+
+class PolicyError(HMAError, RuntimeError):
+    """A policy under evaluation raised, hung, ended its process, or returned something that is no action."""

@@ -1,5 +1,8 @@
 """What every policy is: ``reset(mask)`` and ``act(observation) -> action chunks``.
 
+Whoever runs a policy carries out all H actions of a chunk before it asks for the next, and shows the observations in
+between to a policy that watches (:class:`WatchingPolicy`).
+
 Shape legend: N environments, H actions in a chunk, A action dims.
 """
 
@@ -25,4 +28,13 @@ class Policy(Protocol):
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """The next H >= 1 actions of each environment: float32 (N, H, A) in env units."""
+        ...
+
+
+@runtime_checkable
+class WatchingPolicy(Policy, Protocol):
+    """A policy with a memory of observations: it wants also those between its chunks."""
+
+    def observe(self, observation: Observation) -> None:
+        """Take note of one step's observations; the next :meth:`act` brings the step after it."""
         ...

@@ -54,6 +54,8 @@ def _lacks_robomimic() -> str:
 def _lacks_browser() -> str:
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         return "no Chromium here: apt-get install chromium"
+    if importlib.util.find_spec("playwright") is None:
+        return 'playwright is not installed: pip install "hma_gym[dev]"'
     return ""
 
 

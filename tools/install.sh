@@ -62,7 +62,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 log "installing hma_gym and what it needs into $venv (several minutes the first time)"
 "${pip[@]}" install -q --upgrade "pip>=24" "setuptools>=77" wheel
 "${pip[@]}" install -q -c constraints.txt torch==2.13.0
-"${pip[@]}" install -q -c constraints.txt -e ".[sim,diffusion,rl,metrics,train,hub,web,dev]"
+"${pip[@]}" install -q -c constraints.txt -e ".[sim,diffusion,rl,metrics,train,hub,web,vlm,dev]"
 # robomimic depends on egl_probe, which needs cmake to build and which nothing here imports: leave it out.
 "${pip[@]}" install -q -c constraints.txt torchvision tensorboardX matplotlib psutil termcolor
 "${pip[@]}" install -q -c constraints.txt --no-deps robomimic==0.3.0

@@ -1,8 +1,11 @@
 """What a judge is: it sees the last frames of an episode and gives the probability that the task is done now.
 
-Two ways to use one: streaming (``judge.probability`` on the window of the last frames, one call per step for the
-whole batch) and whole-episode (:func:`episode_probabilities`, every row at once). Success must be SEEN: it is the
-state of the current frame (cube lifted now), so the outcome of an episode is the verdict at its last frame.
+Two ways to use a :class:`Judge`: streaming (``judge.probability`` on the window of the last frames, one call per step
+for the whole batch) and whole-episode (:func:`episode_probabilities`, every row at once). Success must be SEEN: it is
+the state of the current frame (cube lifted now), so the outcome of an episode is the verdict at its last frame.
+
+An :class:`EpisodeJudge` needs the whole video (as a question about an episode does): it gives outcomes, and cannot
+serve an environment step by step. Every :class:`Judge` is one too, through :class:`AtLastRow`.
 
 Shape legend: B batch, T rows of an episode, K window of last frames, H W C image.
 """
@@ -52,6 +55,48 @@ class Locator(Judge, Protocol):
     def position(self, frames_BKHWC: Tensor) -> Tensor:
         """(B, K, H, W, C) uint8 to the object's position in the last frame: (B, 3) float32 metres, world frame."""
         ...
+
+
+@runtime_checkable
+class EpisodeJudge(Protocol):
+    """A judge of whole episodes. Write your own by giving a class these three members.
+
+    Attributes:
+        name: for reports.
+        threshold: the verdict is ``probability >= threshold``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def threshold(self) -> float: ...
+
+    def episode_probability(self, frames_BTHWC: Tensor) -> Tensor:
+        """(B, T, H, W, C) uint8 videos to the probability that each ends in success: (B,) float32 in [0, 1]."""
+        ...
+
+
+class AtLastRow:
+    """A streaming judge as a judge of episodes: what it says of the last row. An :class:`EpisodeJudge`."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    @property
+    def name(self) -> str:
+        """Of the streaming judge."""
+        return self.judge.name
+
+    @property
+    def threshold(self) -> float:
+        """Of the streaming judge."""
+        return self.judge.threshold
+
+    def episode_probability(self, frames_BTHWC: Tensor) -> Tensor:
+        """(B, T, H, W, C) uint8 to (B,) float32."""
+        last = torch.tensor([frames_BTHWC.shape[1] - 1], device=frames_BTHWC.device)
+        return episode_probabilities(self.judge, frames_BTHWC, last)[:, 0]
 
 
 def check_window(judge: Judge, frames_BKHWC: Tensor) -> None:
@@ -109,6 +154,6 @@ def _over_episodes(
     return torch.cat(parts)
 
 
-def verdict(judge: Judge, probability: Tensor) -> Tensor:
+def verdict(judge: Judge | EpisodeJudge, probability: Tensor) -> Tensor:
     """Probabilities to verdicts, elementwise: bool."""
     return probability >= judge.threshold
