@@ -2,12 +2,15 @@
 
 Notable choices:
 
-- one function, :func:`attend`, is the only caller of softmax attention; ``matmul`` is the faster one to train on
-  CPUs at these sizes (the backward pass of the fused kernel dominates there), ``fused`` on GPUs;
+- :func:`attend` is for whole frames and clips; ``matmul`` is the faster one to train on CPUs at these sizes (the
+  backward pass of the fused kernel dominates there), ``fused`` on GPUs and without gradients;
+- :func:`attend_ring` is for rollouts: one or two queries against the frames of a ring buffer, read where they lie. As
+  matrix products these are thousands of 1 x W ones on permuted copies; as sums of products they are five times faster;
 - time is encoded by rotary positions (Su et al. 2021, arXiv 2104.09864) and seen through a window of W frames, in
   training as in inference, so a cache of W frames is exact however long the rollout is.
 
-Shape legend: B rows, T new frames, W window (frames in the cache), H heads, K head dim, Q queries, S keys.
+Shape legend: B rows, T new frames, W window (frames in the cache), H heads, K head dim, Q queries, S keys,
+G = N * H heads of all tokens of a frame.
 """
 
 from __future__ import annotations
@@ -35,17 +38,59 @@ def attend(
         q_BHQK, k_BHSK, v_BHSK: queries, keys and values; any equal leading dims in place of B and H.
         scale: multiplies the scores; 1/sqrt(K) classically, proportional to 1/K under muP.
         mask: bool, broadcastable to (..., Q, S); True where a query may look.
-        how: ``matmul``, ``fused`` (PyTorch's scaled_dot_product_attention), or ``auto``: fused on CUDA.
+        how: ``matmul``, ``fused`` (PyTorch's scaled_dot_product_attention), or ``auto``: matmul where a CPU computes
+            gradients, else fused.
 
     Returns:
         (..., Q, K) in the dtype of the values.
     """
-    if how == "fused" or (how == "auto" and q_BHQK.is_cuda):
+    if how == "fused" or (how == "auto" and (q_BHQK.is_cuda or not torch.is_grad_enabled())):
         return F.scaled_dot_product_attention(q_BHQK, k_BHSK, v_BHSK, attn_mask=mask, scale=scale)
     scores = (q_BHQK * scale) @ k_BHSK.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+def attend_ring(
+    q_BTGK: Tensor,
+    past_BWGK: tuple[Tensor, Tensor],
+    new_BTGK: tuple[Tensor, Tensor],
+    scale: float,
+    mask_BTS: Tensor,
+) -> Tensor:
+    """Softmax attention over time of a few new frames, to a ring buffer and to each other, without copying it.
+
+    Args:
+        q_BTGK: queries.
+        past_BWGK, new_BTGK: keys and values of the ring buffer's slots and of the new frames.
+        scale: multiplies the scores.
+        mask_BTS: bool (B, T, W + T), True where a new frame may look.
+
+    Returns:
+        (B, T, G, K) in the dtype of the new values.
+    """
+    frames = []
+    ones_K1 = q_BTGK.new_ones(q_BTGK.shape[-1], 1)  # as a product, the sum over the last dim is three times faster
+    for t in range(q_BTGK.shape[1]):
+        q_B1GK = q_BTGK[:, t, None] * scale
+        products = [(k * q_B1GK).to(q_B1GK.dtype) @ ones_K1 for k in (past_BWGK[0], new_BTGK[0])]
+        scores_BSG1 = torch.cat(products, dim=1)
+        scores_BSG1 = scores_BSG1.masked_fill(~mask_BTS[:, t, :, None, None], torch.finfo(scores_BSG1.dtype).min)
+        share_BSG1 = scores_BSG1.softmax(dim=1)
+        past, new = share_BSG1.tensor_split((past_BWGK[0].shape[1],), dim=1)
+        frames.append(_weighted_sum(past_BWGK[1], past) + _weighted_sum(new_BTGK[1], new))
+    return torch.stack(frames, dim=1).to(new_BTGK[1].dtype)
+
+
+def _weighted_sum(values_BSGK: Tensor, share_BSG1: Tensor) -> Tensor:
+    """The sum over S, (B, G, K): on a CPU term by term, which stays in its caches."""
+    if values_BSGK.is_cuda:
+        return (values_BSGK * share_BSG1).sum(dim=1)
+    total_BGK = values_BSGK[:, 0] * share_BSG1[:, 0]
+    for s in range(1, values_BSGK.shape[1]):
+        total_BGK = torch.addcmul(total_BGK, values_BSGK[:, s], share_BSG1[:, s])
+    return total_BGK
 
 
 def rotary_angles(position: Tensor, dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:

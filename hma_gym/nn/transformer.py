@@ -7,7 +7,8 @@ Notable features:
 - ``forward`` runs whole clips (training), ``extend`` runs only new frames against a ring buffer (rollouts); both run
   the same blocks and agree to float tolerance at any length;
 - two kinds of modulation: ``adaln`` (scale and shift of each normalised input, as in DiT) and ``residual`` (the
-  paper's: a modulated, projected copy is added before the temporal attention);
+  paper's: a modulated, projected copy is added before the temporal attention); ``published`` is ``residual`` with the
+  other details of the published weights, see :class:`PublishedBlock`;
 - muP (Yang et al. 2022): attention scaled by 1/K, hidden matrices with variance 1/fan-in, see ``parameter_groups``
   of the dynamics model for the learning rates.
 
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.attention import Implementation, attend, ring_positions, rotary_angles, rotate, window_mask
+from hma_gym.nn.attention import Implementation, attend, attend_ring, ring_positions, rotary_angles, rotate, window_mask
 
-ModulationKind = Literal["adaln", "residual"]
+ModulationKind = Literal["adaln", "residual", "published"]
 TimePositions = Literal["rotary", "learned"]
 
 #: Width at which muP's multipliers are 1.
@@ -67,15 +68,16 @@ class TrunkConfig:
                 "trunk: layers, width, heads and window must be positive and width divisible by 2 * heads, got "
                 f"layers={self.layers}, width={self.width}, heads={self.heads}, window={self.window}."
             )
-        if self.modulation not in ("adaln", "residual") or self.positions not in ("rotary", "learned"):
+        kinds = ("adaln", "residual", "published")
+        if self.modulation not in kinds or self.positions not in ("rotary", "learned"):
             raise InvalidArgument(
-                "trunk: modulation must be 'adaln' or 'residual' and positions 'rotary' or 'learned', got "
+                "trunk: modulation must be 'adaln', 'residual' or 'published' and positions 'rotary' or 'learned', got "
                 f"modulation={self.modulation!r}, positions={self.positions!r}."
             )
 
     @property
     def modulation_vectors(self) -> int:
-        """M: scale and shift for each of three inputs (adaln), or for one (residual)."""
+        """M: scale and shift for each of three inputs (adaln), or for one (residual, published)."""
         return 6 if self.modulation == "adaln" else 2
 
 
@@ -96,14 +98,19 @@ class Cache:
 class Projection(nn.Module):
     """Queries, keys and values in one matrix, and the output projection, of one attention layer."""
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, config: TrunkConfig, bias: bool = False) -> None:
         super().__init__()
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=bias)
         self.out = nn.Linear(config.width, config.width)
 
 
 class Block(nn.Module):
     """Spatial attention, temporal attention, feed-forward; each input normalised and modulated by the action."""
+
+    #: Whether queries, keys and values of spatial attention have a bias, and temporal attention a normalised input.
+    spatial_bias, temporal_norm = False, True
+    #: Kind of GELU, and the epsilon of the normalisation inside a residual modulation.
+    gelu, mix_epsilon = "tanh", 1e-5
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -111,11 +118,11 @@ class Block(nn.Module):
         self.head_dim = config.width // config.heads
         self.scale = math.sqrt(BASE_HEAD_DIM) / self.head_dim
         hidden = int(config.width * config.mlp_ratio)
-        self.spatial = Projection(config)
+        self.spatial = Projection(config, self.spatial_bias)
         self.temporal = Projection(config)
         self.up = nn.Linear(config.width, hidden)
         self.down = nn.Linear(hidden, config.width)
-        self.mix = nn.Linear(config.width, config.width) if config.modulation == "residual" else None
+        self.mix = nn.Linear(config.width, config.width) if config.modulation != "adaln" else None
 
     def _normalise(self, x_BTND: Tensor, modulation_BTMD: Tensor, part: int) -> Tensor:
         x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
@@ -132,26 +139,31 @@ class Block(nn.Module):
         x_BTND = x_BTND + self.spatial.out(y.transpose(1, 2).reshape(B, T, N, D))
         if self.mix is not None:
             shift, scale = modulation_BTMD[:, :, 0, None], modulation_BTMD[:, :, 1, None]
-            x_BTND = x_BTND + self.mix(F.layer_norm(x_BTND, (D,)) * (1 + scale) + shift)
+            x_BTND = x_BTND + self.mix(F.layer_norm(x_BTND, (D,), eps=self.mix_epsilon) * (1 + scale) + shift)
         return x_BTND
 
     def _time_qkv(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of temporal attention, each (B, T, N, H, K), not yet rotated."""
         B, T, N, _ = x_BTND.shape
-        qkv = self.temporal.qkv(self._normalise(x_BTND, modulation_BTMD, 1))
+        qkv = self.temporal.qkv(self._normalise(x_BTND, modulation_BTMD, 1) if self.temporal_norm else x_BTND)
         q, k, v = qkv.view(B, T, N, 3, self.config.heads, self.head_dim).unbind(3)
         return q, k, v
 
     def _feed_forward(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> Tensor:
-        return x_BTND + self.down(F.gelu(self.up(self._normalise(x_BTND, modulation_BTMD, 2)), approximate="tanh"))
+        hidden = F.gelu(self.up(self._normalise(x_BTND, modulation_BTMD, 2)), approximate=self.gelu)
+        return x_BTND + self.down(hidden)
 
-    def forward(self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """A whole clip. ``rotary``: cosines and sines (T, K/2); ``mask``: (T, T) bool."""
+    def forward(
+        self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor
+    ) -> Tensor:
+        """A whole clip. ``rotary``: cosines and sines (T, K/2), None without; ``mask``: (T, T) bool."""
         x_BTND = self._space(x_BTND, modulation_BTMD)
         B, T, N, D = x_BTND.shape
-        cos, sin = (angle[:, None, None] for angle in rotary)
         q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
-        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        if rotary is not None:
+            cos, sin = (angle[:, None, None] for angle in rotary)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))
         y = attend(q, k, v, self.scale, mask, how=self.config.attention)
         x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
         return self._feed_forward(x_BTND, modulation_BTMD)
@@ -160,26 +172,36 @@ class Block(nn.Module):
         self,
         x_BTND: Tensor,
         modulation_BTMD: Tensor,
-        rotary_BT: tuple[Tensor, Tensor],
+        rotary_BT: tuple[Tensor, Tensor] | None,
         past_BWND: tuple[Tensor, Tensor],
         mask_BTS: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """New frames only, against the ring buffer. Returns the output and the new keys and values, (B, T, N, D).
 
-        ``rotary_BT``: cosines and sines (B, T, K/2); ``mask_BTS``: (B, T, W + T) bool, True where a frame may look.
+        ``rotary_BT``: cosines and sines (B, T, K/2), None without; ``mask_BTS``: (B, T, W + T) bool, True where a frame
+        may look.
         """
         x_BTND = self._space(x_BTND, modulation_BTMD)
         B, T, N, D = x_BTND.shape
-        heads, W = self.config.heads, past_BWND[0].shape[1]
-        cos, sin = (angle[:, :, None, None] for angle in rotary_BT)
-        q, k, v = self._time_qkv(x_BTND, modulation_BTMD)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        keys = torch.cat((past_BWND[0].view(B, W, N, heads, -1).to(k.dtype), k), dim=1)
-        values = torch.cat((past_BWND[1].view(B, W, N, heads, -1).to(v.dtype), v), dim=1)
-        q, keys, values = (y.permute(0, 2, 3, 1, 4) for y in (q, keys, values))
-        y = attend(q, keys, values, self.scale, mask_BTS[:, None, None], how="matmul")
-        x_BTND = x_BTND + self.temporal.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D))
-        return self._feed_forward(x_BTND, modulation_BTMD), k.reshape(B, T, N, D), v.reshape(B, T, N, D)
+        q, k, v = (y.flatten(2, 3) for y in self._time_qkv(x_BTND, modulation_BTMD))
+        if rotary_BT is not None:
+            cos, sin = (angle[:, :, None] for angle in rotary_BT)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = (y.view(B, -1, N * self.config.heads, self.head_dim) for y in past_BWND)
+        y = attend_ring(q, (keys, values), (k, v), self.scale, mask_BTS)
+        x_BTND = x_BTND + self.temporal.out(y.view(B, T, N, D))
+        return self._feed_forward(x_BTND, modulation_BTMD), k.view(B, T, N, D), v.view(B, T, N, D)
+
+
+class PublishedBlock(Block):
+    """The block of the paper's published weights, which normalises no input of temporal attention.
+
+    Scales and offsets of their layer norms become part of the matrices that follow (hence the bias), and so does the
+    scale of their attention: see :mod:`hma_gym.dynamics.published`.
+    """
+
+    spatial_bias, temporal_norm = True, False
+    gelu, mix_epsilon = "none", 1e-6
 
 
 class SpaceTimeTransformer(nn.Module):
@@ -188,7 +210,8 @@ class SpaceTimeTransformer(nn.Module):
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        kind = PublishedBlock if config.modulation == "published" else Block
+        self.blocks = nn.ModuleList(kind(config) for _ in range(config.layers))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -200,9 +223,9 @@ class SpaceTimeTransformer(nn.Module):
             depth = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
             nn.init.normal_(parameter, std=1.0 / (math.sqrt(parameter.shape[1]) * depth))
 
-    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, position: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions == "learned":
-            position = torch.zeros_like(position)  # time enters by the input embedding; no rotation
+            return None  # time enters by the input embedding
         return rotary_angles(position, self.config.width // self.config.heads)
 
     def forward(self, x_BTND: Tensor, modulation_BTLMD: Tensor) -> Tensor:

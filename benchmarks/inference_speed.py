@@ -1,0 +1,282 @@
+"""Inference speed of the paper's models (Table 1 of HMA, arXiv 2502.04296): cached rollouts, frames a second.
+
+    hma-gym bench inference_speed --reference path/to/HMA
+
+Random weights: speed does not depend on them. ``--reference`` times a checkout of the reference implementation
+(github.com/liruiw/HMA) with the same weights, side by side; it runs the whole context again for every frame.
+
+Three ways are timed, each with as many unmasking passes as the reference:
+
+- ``cached``: one frame with a full context, all of it in the cache;
+- ``sliding``: frame after frame without end, the oldest half of the context given up whenever it is full;
+- ``same context``: the reference's own context at every frame, which costs a new cache at every frame.
+
+XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
+``<out>/inference_speed.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hma_gym.benchmarks._reference import PUBLISHED_FIELDS, ReferenceAttention, load_reference, random_reference
+from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
+from hma_gym.dynamics.maskgit import MaskGITHeadConfig
+from hma_gym.dynamics.published import (
+    PublishedConfig,
+    PublishedModel,
+    PublishedState,
+    published_trunk,
+    read_published,
+)
+from hma_gym.errors import InvalidArgument, UnknownName
+from hma_gym.evaluation.provenance import provenance
+from hma_gym.nn.precision import Precision, in_precision
+
+#: Widths of the paper's models; 32 layers, 8 heads, 12 frames each.
+WIDTHS = {"base": 256, "xl": 1024}
+DOMAIN = "arm"
+ACTION_SIZE = 7
+
+
+@dataclass(frozen=True)
+class InferenceSpeedConfig:
+    """One run of the benchmark.
+
+    Attributes:
+        models: of ``base`` and ``xl``.
+        batches: rollouts at once; a batch that does not fit into a GPU's memory ends the list.
+        reference: a checkout of the reference implementation to time beside ours.
+        reference_attention: ``plain`` is its own code without xformers, ``fused`` its fast attention (xformers, or
+            PyTorch's where that is not installed).
+        precision: of our matrix products.
+        repeats, warmup: timed calls of each, and calls before.
+        clock: ``wall``, or ``cpu`` for a shared machine.
+        device: where the models run.
+        threads: torch threads; None leaves torch's choice.
+        layers, side: depth, and side of the token grid; smaller ones are for trials.
+        out: folder of the results.
+        name: of the result files.
+    """
+
+    models: tuple[str, ...] = ("base",)
+    batches: tuple[int, ...] = (1,)
+    reference: Path | None = None
+    reference_attention: ReferenceAttention = "fused"
+    precision: Precision = "float32"
+    repeats: int = 5
+    warmup: int = 1
+    clock: Clock = "wall"
+    device: str = "cpu"
+    threads: int | None = None
+    layers: int = 32
+    side: int = 16
+    out: Path = Path("benchmarks/results")
+    name: str = "inference_speed"
+
+    def __post_init__(self) -> None:
+        for model in self.models:
+            if model not in WIDTHS:
+                raise UnknownName("model", model, list(WIDTHS))
+        if not self.batches or min(self.batches) < 1:
+            raise InvalidArgument(f"batches must be one or more numbers of at least 1, got {self.batches}.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        model, batch, engine: what was timed; ``engine`` is a way of ours or the reference.
+        frames: frames that one timed call made for each rollout.
+        timing: of a call.
+        weights_mb: of the model's parameters.
+        cache_mb: of one rollout's keys and values; the reference keeps none.
+        peak_mb: of the GPU's memory; 0 on a CPU.
+    """
+
+    model: str
+    batch: int
+    engine: str
+    frames: int
+    timing: Timing
+    weights_mb: float
+    cache_mb: float
+    peak_mb: float
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of all rollouts of the batch together."""
+        return self.batch * self.frames / self.timing.median.value
+
+
+def _fields(config: InferenceSpeedConfig, width: int) -> dict[str, Any]:
+    return {
+        "num_layers": config.layers,
+        "num_heads": 8,
+        "d_model": width,
+        "T": 12,
+        "S": config.side**2,
+        "image_vocab_size": 512**2,
+    }
+
+
+def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> PublishedModel:
+    if theirs is not None:
+        model = read_published(theirs.state_dict(), {**PUBLISHED_FIELDS, **_fields(config, width)}, DOMAIN)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            head = MaskGITHeadConfig(grid=(config.side, config.side), vocabulary=(512, 512))
+            model = PublishedModel(PublishedConfig(published_trunk(config.layers, width), head)).eval()
+    return in_precision(model.requires_grad_(False).to(config.device), config.precision)
+
+
+def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedState:
+    """Rollouts whose next frame takes the last time position: the longest context."""
+    generator = torch.Generator().manual_seed(1)
+    codes = 512**2
+    tokens = torch.randint(codes, (batch, model.head.positions), generator=generator).to(device)
+    state = model.start(tokens, torch.arange(batch))
+    action = torch.zeros(batch, ACTION_SIZE, device=device)
+    for _ in range(model.config.trunk.window - 2):
+        state = model.observe(state, action, tokens)
+    return state
+
+
+def _ways(model: PublishedModel, batch: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Our ways by name: frames a call, and the call."""
+    full = _full(model, batch, device)
+    action = torch.zeros(batch, ACTION_SIZE, device=device)
+    window = model.config.trunk.window
+    after, _ = model.step(full, action)  # no time position is left: the next step begins by sliding
+    long = dataclasses.replace(after, keep=window - 1)
+
+    def cached() -> None:
+        model.step(full, action, in_place=True)
+
+    def sliding() -> None:
+        state = after
+        for _ in range(window - after.keep):
+            state, _ = model.step(state, action, in_place=True)
+
+    def same_context() -> None:
+        model.step(long, action, in_place=True)
+
+    return {
+        "cached": (1, cached),
+        "sliding": (window - after.keep, sliding),
+        "same context": (1, same_context),
+    }
+
+
+def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) -> Callable[[], object]:
+    """One frame of the reference: its masked generation with two passes over 12 frames."""
+    generator = torch.Generator().manual_seed(1)
+    prompt: Tensor = torch.randint(512**2, (batch, 12, side, side), generator=generator).to(device)
+    prompt[:, -1] = theirs.mask_token_id
+    actions = torch.zeros(batch, 12, ACTION_SIZE, device=device)
+
+    def call() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            theirs.maskgit_generate(
+                prompt.clone(), 11, maskgit_steps=2, temperature=0.0, action_ids=actions, domain=[DOMAIN]
+            )
+
+    return call
+
+
+def _measure(config: InferenceSpeedConfig, name: str, batch: int, model: PublishedModel, theirs: Any) -> list[Row]:
+    device = torch.device(config.device)
+    ways = _ways(model, batch, device)
+    if theirs is not None:
+        ways["reference"] = (1, _reference_call(theirs, batch, config.side, device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    timings = time_calls(
+        {engine: call for engine, (_, call) in ways.items()},
+        repeats=config.repeats,
+        warmup=config.warmup,
+        clock=config.clock,
+        device=device,
+    )
+    peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
+    trunk = config.layers * model.config.trunk.window * model.positions * model.config.trunk.width
+    size = model.position_embedding.element_size()
+    weights = {True: sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6}
+    weights[False] = sum(p.numel() * p.element_size() for p in theirs.parameters()) / 1e6 if theirs is not None else 0.0
+    return [
+        Row(
+            name,
+            batch,
+            engine,
+            frames,
+            timings[engine],
+            weights[engine != "reference"],
+            0.0 if engine == "reference" else 2 * trunk * size / 1e6,
+            peak,
+        )
+        for engine, (frames, _) in ways.items()
+    ]
+
+
+def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
+    """Run the benchmark and write its table; returns the paths."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    reference = None if config.reference is None else load_reference(config.reference, config.reference_attention)
+    rows: list[Row] = []
+    for name in config.models:
+        theirs = None
+        if reference is not None:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its geometry
+                theirs = random_reference(reference, _fields(config, WIDTHS[name]), DOMAIN, ACTION_SIZE, 0).to(device)
+        model = _own_model(config, WIDTHS[name], theirs)
+        for batch in config.batches:
+            try:
+                with torch.inference_mode():
+                    rows += _measure(config, name, batch, model, theirs)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{name}: a batch of {batch} does not fit into the memory of {device}")
+                break
+            print(_table(rows).splitlines()[-1], flush=True)
+    facts = provenance(device)
+    text = "\n\n".join(
+        (
+            "# Inference speed of the paper's models",
+            machine_lines(facts, config.clock),
+            f"Our matrix products in {config.precision}; reference: "
+            + ("none" if reference is None else f"its {config.reference_attention} attention, float32")
+            + f". {config.layers} layers, {config.side} x {config.side} tokens and 64 action tokens a frame, 12 "
+            "frames, 2 unmasking passes a frame.",
+            _table(rows),
+        )
+    )
+    plain = {**asdict(config), "reference": config.reference is not None, "out": config.out.name}
+    content = {"benchmark": "inference_speed", "config": plain, "rows": [asdict(row) for row in rows]}
+    return write_results(config.out, config.name, content, text, device)
+
+
+def _table(rows: list[Row]) -> str:
+    theirs = {(row.model, row.batch): row.frames_per_second for row in rows if row.engine == "reference"}
+    lines = []
+    for row in rows:
+        rate = row.timing.rate(row.batch * row.frames)
+        scale = 1000 / row.frames
+        percentiles = " / ".join(f"{scale * t:.3g}" for t in (row.timing.median.value, row.timing.p90, row.timing.p99))
+        baseline = theirs.get((row.model, row.batch))
+        ratio = f"{row.frames_per_second / baseline:.1f}" if baseline else ""
+        memory = (row.weights_mb, row.cache_mb)
+        lines.append([row.model, row.batch, row.engine, str(rate), percentiles, ratio, *memory, row.timing.repeats])
+    header = ("model", "batch", "engine", "frames/s", "ms a frame: 50 / 90 / 99 %", "times the reference")
+    return markdown_table((*header, "weights MB", "cache MB a rollout", "repeats"), lines)

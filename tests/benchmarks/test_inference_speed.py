@@ -1,0 +1,33 @@
+"""The benchmark of the paper's models runs, at a trial size, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hma_gym.benchmarks._reference import load_reference
+from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
+from hma_gym.errors import InvalidArgument, UnknownName
+
+
+def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
+    config = InferenceSpeedConfig(batches=(1, 2), layers=1, side=2, repeats=2, out=tmp_path)
+    data_path, table_path = inference_speed(config)
+    data, text = json.loads(data_path.read_text()), table_path.read_text()
+    assert [(row["batch"], row["engine"]) for row in data["rows"]] == [
+        (batch, engine) for batch in (1, 2) for engine in ("cached", "sliding", "same context")
+    ]
+    assert all(row["timing"]["median"]["value"] > 0 for row in data["rows"])
+    assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
+    assert text.count("| base |") == 6
+
+
+def test_inference_speed_refuses_unknown_models_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="huge"):
+        InferenceSpeedConfig(models=("huge",))
+    with pytest.raises(InvalidArgument, match="batches"):
+        InferenceSpeedConfig(batches=())
+    with pytest.raises(InvalidArgument, match=r"checkout of github.com/liruiw/HMA"):
+        load_reference(tmp_path, "plain")
