@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.dynamics.model import Dynamics
+from hma_gym.dynamics.refresh import refreshed
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
@@ -220,10 +221,10 @@ class LearnedWorld:
         frozen = np.flatnonzero(~active_N)
         kept = rows.select(frozen) if len(frozen) else None
         actions = self._pad(actions_NA, self.dynamics.action_size)
-        rollout, _ = self.dynamics.step(rows.rollout, actions, in_place=True)
+        rollout, out = self.dynamics.step(rows.rollout, actions, in_place=True)
         after = Rows(
-            rollout,
-            torch.cat((rows.tokens_NK[:, 1:], rollout.tokens[:, None]), dim=1),
+            refreshed(rollout, self.tokenizer, self.dynamics.config.refresh),
+            torch.cat((rows.tokens_NK[:, 1:], out.tokens[:, None]), dim=1),
             torch.cat((rows.frames_NKHWC[:, 1:], rows.frames_NKHWC[:, -1:]), dim=1),
             np.concatenate((rows.hidden_NK[:, 1:], np.ones_like(rows.hidden_NK[:, :1])), axis=1),
         )

@@ -140,6 +140,8 @@ class Body(nn.Module):
         P, A = domain.state_dim, domain.action_dim * domain.stride
         for name in ("state_mean", "state_std", "delta_std"):
             self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
+        for name, bound in (("pose_low", -math.inf), ("pose_high", math.inf)):
+            self.register_buffer(name, torch.full((P,), bound))
         self.feature_size = P * (1 + 2 * config.octaves)
         width, K = config.coast_width, config.history
         self.coast: nn.Sequential | None = None
@@ -198,6 +200,16 @@ class Body(nn.Module):
             )
             change: Tensor = self.coast(torch.cat(inputs, dim=-1))
             return pose.agent_pos + change * self.get_buffer("delta_std")
+
+    def within(self, agent_pos: Tensor) -> Tensor:
+        """agent_pos (..., P) held between the extremes of the training data: a table stops a hand, and beyond what was
+        seen nothing is known."""
+        return torch.minimum(torch.maximum(agent_pos, self.get_buffer("pose_low")), self.get_buffer("pose_high"))
+
+    def set_pose_bounds(self, low_P: Tensor, high_P: Tensor) -> None:
+        """The extremes of agent_pos in the training data, own units."""
+        self.get_buffer("pose_low").copy_(low_P)
+        self.get_buffer("pose_high").copy_(high_P)
 
     def drawn(self, agent_pos: Tensor) -> Tensor | None:
         """(..., P) in own units -> soft tokens (..., S, C) of the robot and what stands still; None if discrete."""

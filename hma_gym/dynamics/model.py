@@ -56,6 +56,8 @@ class DynamicsConfig:
         action_tokens: extra positions that carry the action beside modulation (``concat``; the paper uses 64).
         decode_steps: unmasking steps a frame at inference, at least 1.
         temperature: of sampling; 0 is greedy.
+        refresh: frames between two round trips of a rollout's tokens through the tokenizer (see
+            :mod:`hma_gym.dynamics.refresh`), which are made by whoever has the tokenizer; 0 for none.
         mask_full, mask_minimum: share of training frames that are wholly masked, and the least ratio of the others.
         action_mask: share of training rows whose actions are hidden (passive, policy and full dynamics).
         state_noise: largest constant offset of the previous agent_pos (drift), in units of one step's standard change.
@@ -71,6 +73,7 @@ class DynamicsConfig:
     action_tokens: int = 0
     decode_steps: int = 1
     temperature: float = 1.0
+    refresh: int = 0
     mask_full: float = 0.8
     mask_minimum: float = 0.5
     action_mask: float = 0.05
@@ -82,10 +85,10 @@ class DynamicsConfig:
     action_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.decode_steps < 1 or self.temperature < 0:
+        if self.decode_steps < 1 or self.temperature < 0 or self.refresh < 0:
             raise InvalidArgument(
-                "dynamics: decode_steps must be at least 1 and temperature at least 0, got "
-                f"decode_steps={self.decode_steps}, temperature={self.temperature}."
+                "dynamics: decode_steps must be at least 1, temperature and refresh at least 0, got "
+                f"decode_steps={self.decode_steps}, temperature={self.temperature}, refresh={self.refresh}."
             )
         if self.conditioning not in ("shifted", "in_place"):
             raise InvalidArgument(f"dynamics: conditioning must be 'shifted' or 'in_place', got {self.conditioning!r}.")
@@ -889,7 +892,7 @@ class Dynamics(nn.Module):
         agent_pos, targets = torch.zeros_like(state.agent_pos_BP), action_BA.new_zeros(len(state), self.target_size)
         for adapter, rows in self._groups(state.domain_B):
             P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
-            agent_pos[rows, :P] = adapter.next_state(feature, first.coasted_BTP[rows, 0, :P])
+            agent_pos[rows, :P] = adapter.body.within(adapter.next_state(feature, first.coasted_BTP[rows, 0, :P]))
             targets[rows, :X] = adapter.targets(feature)
         after = dataclasses.replace(
             state,

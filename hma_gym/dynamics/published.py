@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hma_gym.dynamics.heads import Draw
+from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, unmask
 from hma_gym.dynamics.model import ModulationBank
@@ -237,7 +237,7 @@ class PublishedModel(nn.Module):
                 )
                 features = x[:, 0, :N]
             new, order_BN = self.head.sample(
-                features, state.tokens_BS, Draw(state.seed_B, step_B, index), config.temperature
+                features, Scene(state.tokens_BS, None), Draw(state.seed_B, step_B, index), config.temperature
             )
             tokens = self.head.merge(tokens, new, masked)
             masked = unmask(masked, order_BN, masked_after(index, config.decode_steps, N))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.refresh import refreshed
 from hma_gym.errors import InvalidArgument
 
 
@@ -102,6 +103,7 @@ def _roll(
     steps = actions.shape[1]
     for t in range(steps):
         state, out = checkpoint.dynamics.step(state, actions[:, t], in_place=True)
+        state = refreshed(state, checkpoint.tokenizer, checkpoint.dynamics.config.refresh)
         agent_pos.append(out.agent_pos_BP.float().cpu())
         targets.append(out.targets_BX.float().cpu())
         if not last_only or t == steps - 1:

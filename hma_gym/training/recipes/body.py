@@ -149,6 +149,8 @@ def train_bodies(
         if body.look is not None:
             sample = torch.from_numpy(cache.tokens[:: max(len(cache.tokens) // 20_000, 1)].astype(np.float32))
             body.set_token_statistics(sample.mean(dim=0), sample.std(dim=0).clamp(min=0.02))
+        seen_FP = np.concatenate([cache.agent_pos_FP[cache.rows(int(n))] for n in cache.episodes("train")])
+        body.set_pose_bounds(torch.from_numpy(seen_FP.min(axis=0)), torch.from_numpy(seen_FP.max(axis=0)))
         config = TrainConfig(
             out=out / "body" / body.domain.name,
             steps=steps,

@@ -33,6 +33,7 @@ from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, checkpoint_folder
 from hma_gym.dynamics.mar import FlowHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
+from hma_gym.dynamics.refresh import refreshed
 from hma_gym.dynamics.sizes import named_trunk
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges.classifier import load_judge
@@ -133,6 +134,7 @@ def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale
     return DynamicsConfig(
         trunk=named_trunk(options.size),
         head=head,
+        refresh=8 if tokenizer.kind == "soft" else 0,
         mask_full=0.9 if tokenizer.kind == "soft" else 0.6,
         rollout_share=options.rollout_share,
         rollout_max=options.rollout_max,
@@ -310,6 +312,7 @@ class OpenLoopValidation:
         shown, states, targets = [], [], []
         for t in range(actions.shape[1]):
             state, out = model.step(state, padded[:, t].to(device), in_place=True)
+            state = refreshed(state, self.tokenizer, model.config.refresh)
             if every or t == actions.shape[1] - 1:
                 shown.append(self.tokenizer.decode(out.tokens.cpu()))
             states.append(out.agent_pos_BP.cpu().numpy()[:, : agent_pos.shape[-1]])
