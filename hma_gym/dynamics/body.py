@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.nn.parameters import ParameterGroup
+from hma_gym.nn.parameters import ParameterGroup, silence
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Body(nn.Module):
                 nn.SiLU(),
                 ExactLinear(width, P),
             )
-            _silence(self.coast[6])
+            silence(self.coast[6])
         self.look: nn.Sequential | None = None
         if P and tokens is not None:
             self.look = nn.Sequential(
@@ -165,7 +165,7 @@ class Body(nn.Module):
                 nn.LayerNorm(config.look_width),
                 nn.Linear(config.look_width, tokens[0] * tokens[1]),
             )
-            _silence(self.look[-1])
+            silence(self.look[-1])
             self.register_buffer("token_mean", torch.zeros(tokens))
             self.register_buffer("token_std", torch.ones(tokens))
 
@@ -275,7 +275,7 @@ class ResidualLayer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
-        _silence(self.down)
+        silence(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = self.down(F.silu(self.up(F.layer_norm(x, x.shape[-1:]))))
@@ -286,13 +286,6 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, on devices that know it."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
-
-
-def _silence(layer: nn.Module) -> None:
-    """Let a linear layer begin as zero."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
 
 
 def _pseudo_huber(error: Tensor, width: float = 0.1) -> Tensor:

@@ -38,7 +38,7 @@ from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, training_mask, unmask
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument, UnknownName
-from hma_gym.nn.parameters import ParameterGroup, weight_of
+from hma_gym.nn.parameters import ParameterGroup, silence, weight_of
 from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, TrunkConfig
 
 Conditioning = Literal["shifted", "in_place"]
@@ -165,13 +165,6 @@ class ModulationBank(nn.Module):
         return modulation
 
 
-def _silence(layer: nn.Module) -> None:
-    """Let a linear layer begin as zero."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class DomainAdapter(nn.Module):
     """What belongs to one embodiment: body, action stem, modulation, and the heads for state, action and targets."""
 
@@ -200,7 +193,7 @@ class DomainAdapter(nn.Module):
         self.action_out = nn.Linear(width, max(self.action_size, 1))
         self.target_out = nn.Linear(width, max(domain.target_dim, 1))
         for last in (self.state_out, self.action_out, self.target_out, self.pose[2]):
-            _silence(last)
+            silence(last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to its width (or a multiple of it)."""

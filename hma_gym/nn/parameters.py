@@ -72,3 +72,10 @@ def default_parameter_groups(model: nn.Module, *, not_matrices: Iterable[nn.Para
         ParameterGroup("plain", rows["plain"], weight_decay_multiplier=0.0),
     ]
     return [group for group in groups if group.parameters]
+
+
+def silence(layer: nn.Module) -> None:
+    """Let a linear layer begin as zero."""
+    assert isinstance(layer, nn.Linear)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
