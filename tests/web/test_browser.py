@@ -178,7 +178,8 @@ def test_reports_are_listed_and_open(browser: Browser, labelled: Server) -> None
     page.context.close()
 
 
-def header(page: Page) -> dict[str, Any]:
+def header(page: Page) -> Any:
+    """What came with the last frame; None before the first."""
     return json.loads(page.evaluate("JSON.stringify(window.hmaPlay.header)"))
 
 
@@ -197,6 +198,8 @@ def test_keys_drive_the_arm_the_right_way_and_a_picture_starts_an_episode(browse
     page = open_page(browser, labelled.address)
     open_play(page, labelled.address)
     says(page, "#state", "Press a key")
+    while header(page) is None:
+        page.wait_for_timeout(20)
     start = header(page)["worlds"][0]["agent_pos"][:3]
     right = drive(page, "d", 6)
     assert right[1] - start[1] > 0.02, "right in the picture is +y"

@@ -15,6 +15,7 @@ let grid = false;
 let items = []; // what this person holds, the current one first
 let progress = null;
 let busy = false; // one request at a time, so that the order of verdicts is the order of keys
+let idle = Promise.resolve(); // done when the request under way is
 let times = []; // when verdicts were confirmed
 let marks = []; // of the grid
 let here = 0; // the grid's current tile
@@ -164,18 +165,22 @@ function drawProgress() {
 // ---------------------------------------------------------------- what is done
 
 /** One request at a time; a failure is said and changes nothing on the page. */
-async function exclusively(action) {
-  if (busy) return;
+function exclusively(action) {
+  if (busy) return idle;
   busy = true;
-  try {
-    await action();
-    notice();
-  } catch (error) {
-    $("saved").textContent = "";
-    notice(error.message);
-  } finally {
-    busy = false;
-  }
+  const run = async () => {
+    try {
+      await action();
+      notice();
+    } catch (error) {
+      $("saved").textContent = "";
+      notice(error.message);
+    } finally {
+      busy = false;
+    }
+  };
+  idle = run();
+  return idle;
 }
 
 async function save(verdicts) {
@@ -208,7 +213,10 @@ const saveGrid = () => exclusively(async () => {
   }
 });
 
-const undo = () => exclusively(async () => {
+/** Waits for what is being saved: a verdict can be taken back the moment that it was given. */
+const undo = () => idle.then(() => exclusively(takeBack));
+
+async function takeBack() {
   const answer = await post("undo", {});
   progress = answer.progress;
   const back = new Set(answer.items.map((one) => one.item));
@@ -216,7 +224,7 @@ const undo = () => exclusively(async () => {
   times.splice(-answer.items.length || times.length, answer.items.length);
   $("saved").textContent = answer.items.length ? `↶ ${answer.items.length === 1 ? "one verdict" : `${answer.items.length} verdicts`} taken back` : "nothing to take back";
   draw();
-});
+}
 
 function flash(verdict) {
   const button = document.querySelector(`#single [data-verdict="${verdict}"]`);
