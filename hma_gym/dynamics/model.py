@@ -443,14 +443,15 @@ class Dynamics(nn.Module):
             chunk, given = actions_BTA[rows, :, : adapter.action_size], given_BT[rows]
             own = pose.rows(rows).narrowed(domain.state_dim, adapter.action_size)
             coasted = body.coasted(own, chunk, given)
-            action = adapter.embed_action(chunk, given) + adapter.embed_pose(own, coasted)
+            embedded = adapter.embed_action(chunk, given)
             extra = adapter.embed_state(own.agent_pos)[:, :, None]
             if self.config.action_tokens:  # alike but for their position embedding, as in the paper
-                tokens = adapter.embed_action(chunk, given)[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
+                tokens = embedded[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
                 extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
             drawn, before = self._drawn(body, coasted), self._drawn(body, own.agent_pos)
             padded = F.pad(coasted, (0, self.state_size - domain.state_dim))
-            parts.append((rows, Condition(adapter.modulation(action), extra, padded, drawn, before)))
+            modulation = adapter.modulation(embedded + adapter.embed_pose(own, coasted))
+            parts.append((rows, Condition(modulation, extra, padded, drawn, before)))
         if len(parts) == 1:
             return parts[0][1]
         order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
