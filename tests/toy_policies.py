@@ -94,3 +94,34 @@ def hangs(episodes: Sequence[EpisodeSeed]) -> FunctionPolicy:
             time.sleep(1)
 
     return FunctionPolicy(act)
+
+
+class Watcher:
+    """Chunks of two actions: the brightness of the image that it acts on, and how many images it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def reset(self, mask_N: np.ndarray) -> None:
+        self.seen = 0
+
+    def observe(self, observation: Observation) -> None:
+        self.seen += 1
+
+    def act(self, observation: Observation) -> np.ndarray:
+        assert isinstance(observation, dict)
+        actions = np.zeros((1, 2, 7), np.float32)
+        actions[..., 0] = observation["pixels"].mean() / 255
+        actions[0, :, 1] = np.array([self.seen, self.seen + 1]) / 100
+        self.seen += 1
+        return actions
+
+
+def watcher(episodes: Sequence[EpisodeSeed]) -> Watcher:
+    return Watcher()
+
+
+def half_dim_zero(episodes: Sequence[EpisodeSeed]) -> FunctionPolicy:
+    actions = np.zeros((1, 7), np.float32)
+    actions[:, 0] = 0.5
+    return FunctionPolicy(lambda observation: actions)

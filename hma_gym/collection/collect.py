@@ -1,5 +1,9 @@
 """Record episodes of mixed quality in ground truth: ``hma-gym collect``.
 
+Scripts of all qualities by default; with ``--policies``, policies of yours, closed loop. Their mistakes lead to states
+that no script visits, and a learned world that has seen them judges such policies better (the idea of DAgger, Ross et
+al. 2011, applied to the world model).
+
 Episode i is a function of (seed, i) alone: its start, its policy and its noise come from generators seeded
 with the two. So the same seed gives the same file whatever the number of workers, and an interrupted
 collection goes on where it stopped.
@@ -8,12 +12,13 @@ collection goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +26,16 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hma_gym.data.episodes import Episode, agent_pos_from_obs
+from hma_gym.data.episodes import AttrValue, Episode, agent_pos_from_obs
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter
 from hma_gym.envs.simulation import Simulation, check_action
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import InvalidArgument
+from hma_gym.policies.loading import EpisodeSeed, PolicySource, load_policy, split_label
+from hma_gym.policies.protocol import WatchingPolicy
 from hma_gym.policies.scripted import CATEGORY_OF_FAILURE, MODES, LiftScript, ScriptedConfig
 
 
@@ -72,7 +80,10 @@ class CollectConfig:
         seed: with the episode's number it decides everything in an episode.
         steps: T, rows per episode.
         image_size: height and width of the images in pixels.
-        mixture: which policies, in which shares (not a command-line option).
+        policies: policies to record instead of the scripts, in equal shares, as ``hma-gym evaluate`` takes them.
+        action_noise: noise on the actions of ``policies``: each episode draws its standard deviation between 0 and
+            this, in env units.
+        mixture: which scripts, in which shares (not a command-line option).
     """
 
     out: Path
@@ -82,6 +93,8 @@ class CollectConfig:
     seed: int = 0
     steps: int = 64
     image_size: int = 64
+    policies: tuple[str, ...] = ()
+    action_noise: float = 0.0
     mixture: Annotated[tuple[Ingredient, ...], tyro.conf.Suppress] = DEFAULT_MIXTURE
 
     def __post_init__(self) -> None:
@@ -94,6 +107,11 @@ class CollectConfig:
             value = getattr(self, name)
             if value < low:
                 raise InvalidArgument(f"{name} must be at least {low}, got {value}.")
+        if not 0 <= self.action_noise < math.inf or (self.action_noise and not self.policies):
+            raise InvalidArgument(
+                f"action_noise must be finite, at least 0, and is for policies only, got {self.action_noise} with "
+                f"{len(self.policies)} policies."
+            )
         weights = [part.weight for part in self.mixture]
         if not weights or min(weights) < 0 or sum(weights) <= 0:
             raise InvalidArgument(f"mixture needs non-negative weights with a positive sum, got {self.mixture}.")
@@ -107,9 +125,12 @@ class CollectConfig:
     def content(self) -> dict[str, Any]:
         """What decides an episode's content, JSON-ready: two collections may share shards if it is equal."""
         fields = dataclasses.asdict(self)
-        return {key: fields[key] for key in ("task", "seed", "steps", "image_size")} | {
-            "mixture": [dataclasses.asdict(part) for part in self.mixture]
-        }
+        played = (
+            {"policies": list(self.policies), "action_noise": self.action_noise}
+            if self.policies
+            else {"mixture": [dataclasses.asdict(part) for part in self.mixture]}
+        )
+        return {key: fields[key] for key in ("task", "seed", "steps", "image_size")} | played
 
 
 def draw_policy(config: CollectConfig, index: int) -> ScriptedConfig:
@@ -127,10 +148,68 @@ def draw_policy(config: CollectConfig, index: int) -> ScriptedConfig:
     )
 
 
-def record_episode(simulation: Simulation, config: CollectConfig, index: int) -> Episode:
-    """Run and record episode ``index`` of a collection; the same whatever the simulation did before."""
+@dataclass(frozen=True)
+class Player:
+    """Who plays an episode.
+
+    Attributes:
+        act: the next action (A,) in env units; called once a step.
+        attrs: what the recorded episode says of it.
+        failure: category of an episode that never succeeds.
+    """
+
+    act: Callable[[Simulation, NDArray[np.uint8]], NDArray[np.float32]]
+    attrs: dict[str, AttrValue]
+    failure: str
+
+
+def scripted_player(config: CollectConfig, index: int) -> Player:
+    """The script of episode ``index``, which is told where everything is."""
     policy = draw_policy(config, index)
     script = LiftScript(policy, np.random.default_rng([config.seed, index, 2]))
+    return Player(
+        lambda simulation, image: script.act(simulation.privileged()),
+        {"policy": "scripted_lift", "mode": policy.mode, "competence": policy.competence},
+        CATEGORY_OF_FAILURE[policy.mode],
+    )
+
+
+class _ClosedLoop:
+    """A policy for one environment, which sees the image and agent_pos, with noise on its actions."""
+
+    def __init__(self, source: PolicySource, seed: EpisodeSeed, noise: float, rng: np.random.Generator) -> None:
+        self.policy = source.make([seed])
+        self.policy.reset(np.ones(1, dtype=np.bool_))
+        self.noise, self.rng = noise, rng
+        self.waiting: list[NDArray[np.float32]] = []
+
+    def act(self, simulation: Simulation, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        agent_pos = agent_pos_from_obs(simulation.observe())
+        observation = {"pixels": image[None], "agent_pos": agent_pos[None]}
+        if not self.waiting:
+            self.waiting = list(np.asarray(self.policy.act(observation), dtype=np.float32)[0])
+        elif isinstance(self.policy, WatchingPolicy):
+            self.policy.observe(observation)
+        action = self.waiting.pop(0)
+        return np.clip(action + self.noise * self.rng.standard_normal(len(action)), -1.0, 1.0).astype(np.float32)
+
+
+def closed_loop_player(config: CollectConfig, sources: Sequence[PolicySource], index: int) -> Player:
+    """The policy of episode ``index``: they take turns."""
+    which = index % len(config.policies)
+    rng = np.random.default_rng([config.seed, index, 2])
+    noise = float(rng.uniform(0.0, config.action_noise))
+    seed = EpisodeSeed(start=index, seed=int(rng.integers(2**31)))
+    attrs: dict[str, AttrValue] = {
+        "policy": split_label(config.policies[which])[0],
+        "policy_digest": sources[which].digest,
+        "action_noise": noise,
+    }
+    return Player(_ClosedLoop(sources[which], seed, noise, rng).act, attrs, "missed")
+
+
+def record_episode(simulation: Simulation, config: CollectConfig, player: Player, index: int) -> Episode:
+    """Run and record episode ``index`` of a collection; the same whatever the simulation did before."""
     start = int(np.random.default_rng([config.seed, index, 3]).integers(2**31))
     simulation.reset(start)
     rows: dict[str, list[Any]] = {key: [] for key in ("image", "action", "state", "reward")}
@@ -139,14 +218,13 @@ def record_episode(simulation: Simulation, config: CollectConfig, index: int) ->
         observations.append(simulation.observe())
         rows["image"].append(simulation.render(config.image_size))
         rows["state"].append(simulation.flattened_state())
-        action = script.act(simulation.privileged())
+        action = player.act(simulation, rows["image"][-1])
         simulation.step(check_action(action, simulation.task.action_dim))
         rows["action"].append(action)
         rows["reward"].append(float(simulation.is_success()))
     obs = {key: np.stack([o[key] for o in observations]).astype(np.float32) for key in observations[0]}
     seen = rows["reward"][:-1]  # success in the rows' own images; the last action's outcome has no image
     success, success_ever = bool(seen[-1]), any(seen)
-    category = "held" if success else "dropped" if success_ever else CATEGORY_OF_FAILURE[policy.mode]
     return Episode(
         images_THWC=np.stack(rows["image"]),
         agent_pos_TP=agent_pos_from_obs(obs),
@@ -155,11 +233,9 @@ def record_episode(simulation: Simulation, config: CollectConfig, index: int) ->
         rewards_T=np.array(rows["reward"], dtype=np.float32),
         dones_T=np.arange(config.steps) == config.steps - 1,
         obs=obs,
-        attrs={
-            "policy": "scripted_lift",
-            "mode": policy.mode,
-            "competence": policy.competence,
-            "category": category,
+        attrs=player.attrs
+        | {
+            "category": "held" if success else "dropped" if success_ever else player.failure,
             "success": success,
             "success_ever": success_ever,
             "seed": start,
@@ -213,10 +289,13 @@ class _Recorder:
         self.config = config
         self.simulation = Simulation(get_task(config.task))
         self.writer = _make_writer(config, self.simulation.env_args)
+        self.sources = [load_policy(split_label(name)[1]) for name in config.policies]
 
     def record(self, index: int) -> str:
         """Record one episode, put it on disk and return its category."""
-        episode = record_episode(self.simulation, self.config, index)
+        config = self.config
+        player = closed_loop_player(config, self.sources, index) if config.policies else scripted_player(config, index)
+        episode = record_episode(self.simulation, config, player, index)
         self.writer.write(index, episode)
         return str(episode.attrs["category"])
 

@@ -15,7 +15,15 @@ import h5py
 import numpy as np
 import pytest
 
-from hma_gym.collection.collect import DEFAULT_MIXTURE, CollectConfig, Ingredient, collect, draw_policy, record_episode
+from hma_gym.collection.collect import (
+    DEFAULT_MIXTURE,
+    CollectConfig,
+    Ingredient,
+    collect,
+    draw_policy,
+    record_episode,
+    scripted_player,
+)
 from hma_gym.data.robomimic_hdf5 import open_dataset, shard_files
 from hma_gym.envs.ground_truth import GroundTruthEnv
 from hma_gym.errors import InvalidArgument, ResumeError, StorageError
@@ -92,9 +100,34 @@ def test_the_environment_gives_the_recorded_episode_again(recorded: Path) -> Non
             np.testing.assert_array_equal(env.simulation.flattened_state(), episode.states_TS[t])
             observation, reward, *_ = env.step(episode.actions_TA[t])
             assert reward == episode.rewards_T[t]
-    again = record_episode(env.simulation, config(recorded), 1)
+    again = record_episode(env.simulation, config(recorded), scripted_player(config(recorded), 1), 1)
     np.testing.assert_array_equal(again.images_THWC, episode.images_THWC)
     env.close()
+
+
+def test_noise_is_for_policies() -> None:
+    with pytest.raises(InvalidArgument, match="action_noise must be finite, at least 0, and is for policies only"):
+        CollectConfig(Path("unused"), action_noise=0.1)
+
+
+@pytest.mark.gl
+def test_policies_are_recorded_closed_loop(tmp_path: Path) -> None:
+    """They take turns, are shown each step's image and pose, and their chunks are played to the end."""
+    names = ("python:toy_policies:watcher", "python:toy_policies:half_dim_zero")
+    toy = config(tmp_path / "a.hdf5", policies=names, episodes=2, steps=5)
+    first = open_dataset(collect(toy, progress=False))
+    watcher, half = first[0], first[1]
+    assert (half.attrs["policy"], half.attrs["category"]) == ("python:toy_policies:half_dim_zero", "missed")
+    np.testing.assert_array_equal(half.actions_TA[:, 0], 0.5)
+    # every action of the watcher is the mean brightness of its image, one step late: its chunks are of two actions
+    seen = watcher.images_THWC.mean(axis=(1, 2, 3)) / 255
+    np.testing.assert_allclose(watcher.actions_TA[:, 0], seen[[0, 0, 2, 2, 4]], atol=1e-6)
+    np.testing.assert_allclose(watcher.actions_TA[:, 1], [0, 0.01, 0.02, 0.03, 0.04], atol=1e-6)
+    noisy = open_dataset(collect(dataclasses.replace(toy, out=tmp_path / "b.hdf5", action_noise=0.3), progress=False))
+    assert 0.0 < float(noisy[1].attrs["action_noise"]) < 0.3
+    assert noisy[1].actions_TA[:, 0].std() == pytest.approx(float(noisy[1].attrs["action_noise"]), rel=0.9)
+    with pytest.raises(ResumeError):
+        collect(dataclasses.replace(toy, policies=names[:1]), progress=False)
 
 
 @pytest.mark.gl
