@@ -1,17 +1,24 @@
-"""The continuous ("soft") token head: a regressed mean and a small diffusion head, in a few steps (HMA, Eq. 3).
+"""The continuous ("soft") token head: a regressed mean, and a noise model for what it leaves over (HMA, Eq. 3).
 
 The change from the previous frame is what is predicted: its mean by a linear read-out and, where the body draws the
-frame, by a gate between the previous tokens and the drawn ones; and what remains around the
-mean by a per-token MLP trained with flow matching (Lipman et al. 2023, arXiv 2210.02747, with straight paths), which
-takes the place of the paper's 100-step DDPM head and needs 1 to 8 evaluations.
+frame, by a gate between the previous tokens and the drawn ones. What remains is left to a per-token MLP that carries
+noise to a sample, given the trunk's feature and that mean. It is one of two, by the configuration:
 
-Shape legend: see :mod:`hma_gym.dynamics.heads`; E = patch**2 * C numbers of one trunk position, F width of the MLP.
+- :class:`Flow`: flow matching (Lipman et al. 2023, arXiv 2210.02747, with straight paths), 1 to 8 evaluations;
+- :class:`Diffusion`: the paper's (HMA, Sections 3.3 and 3.5; MAR, Li et al. 2024, arXiv 2406.11838), 1000 noise levels
+  on a cosine schedule and 100 DDIM steps; of the residual or, as in the paper, of the tokens themselves, and if wanted
+  with a second MLP for actions.
+
+Shape legend: see :mod:`hma_gym.dynamics.heads`; E = patch**2 * C numbers of one trunk position, F width of the MLP,
+G numbers of its context (the trunk's feature, and what else is known).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +26,7 @@ from torch.nn import functional as F
 
 from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.parameters import weight_of
+from hma_gym.nn.parameters import silence, weight_of
 from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.transformer import BASE_WIDTH
 
@@ -28,8 +35,8 @@ CLOSED = -3.0
 
 
 @dataclass(frozen=True)
-class FlowHeadConfig:
-    """Geometry and training of the soft head.
+class SoftHeadConfig:
+    """Geometry and training that the soft heads share.
 
     Attributes:
         grid: (rows, columns) of the tokenizer's latent grid; S = rows * columns.
@@ -39,7 +46,7 @@ class FlowHeadConfig:
         flow_width, flow_layers: the MLP.
         flow_steps: evaluations of the MLP in sampling.
         noise_max: context corruption: previous latents get Gaussian noise of a level uniform in [0, noise_max].
-        flow_weight: weight of the flow-matching loss beside the mean's.
+        flow_weight: weight of the noise model's loss beside the mean's.
     """
 
     grid: tuple[int, int] = (8, 8)
@@ -55,10 +62,50 @@ class FlowHeadConfig:
     def __post_init__(self) -> None:
         if self.grid[0] % self.patch or self.grid[1] % self.patch:
             raise InvalidArgument(f"soft head: patch must divide the grid, got patch={self.patch}, grid={self.grid}.")
+        if self.flow_steps < 1:
+            raise InvalidArgument(f"soft head: flow_steps must be at least 1, got {self.flow_steps}.")
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig(SoftHeadConfig):
+    """The few-step head: flow matching of the residual."""
+
+
+@dataclass(frozen=True)
+class DiffusionHeadConfig(SoftHeadConfig):
+    """The paper's head.
+
+    Attributes:
+        flow_steps: DDIM steps.
+        train_steps: noise levels in training.
+        predicts: ``latent`` diffuses the tokens themselves, as the paper does; ``residual`` what the mean leaves over.
+        clip: bound on the clean sample that a DDIM step reckons with, in standard deviations.
+        action_layers: depth of an MLP for each domain that diffuses its actions (Eq. 3); 0 for a linear read-out.
+    """
+
+    flow_steps: int = 100
+    train_steps: int = 1000
+    predicts: Literal["latent", "residual"] = "residual"
+    clip: float = 8.0
+    action_layers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.flow_steps > self.train_steps:
+            raise InvalidArgument(
+                f"diffusion head: flow_steps must be at most train_steps, got {self.flow_steps} and {self.train_steps}."
+            )
+        if self.predicts not in ("latent", "residual"):
+            raise InvalidArgument(f"diffusion head: predicts must be 'latent' or 'residual', got {self.predicts!r}.")
+        if not self.clip > 0 or self.action_layers < 0:
+            raise InvalidArgument(
+                "diffusion head: clip must be above 0 and action_layers at least 0, got "
+                f"clip={self.clip}, action_layers={self.action_layers}."
+            )
 
 
 class FlowLayer(nn.Module):
-    """One residual layer of the flow MLP, modulated by the condition (as in MAR, Li et al. 2024)."""
+    """One residual layer of the MLP, modulated by the condition (as in MAR, Li et al. 2024)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -72,39 +119,118 @@ class FlowLayer(nn.Module):
         return x + change
 
 
-class FlowMLP(nn.Module):
-    """The velocity of a token's residual at flow time t, given the trunk's feature and the regressed mean."""
+class NoiseModel(nn.Module, ABC):
+    """A per-token MLP that carries noise to samples of unit deviation; a subclass says along which path.
 
-    def __init__(self, size: int, features: int, width: int, layers: int) -> None:
+    Args:
+        config: width of the MLP, and evaluations in sampling.
+        size: E, numbers of a sample.
+        features: how many of the context's numbers are the trunk's feature, which come first.
+        known: how many come after them.
+        layers: depth of the MLP.
+    """
+
+    def __init__(self, config: SoftHeadConfig, size: int, features: int, known: int, layers: int) -> None:
         super().__init__()
+        self.steps, width = config.flow_steps, config.flow_width
         self.frequencies: Tensor
         self.register_buffer("frequencies", 2 * math.pi * 2.0 ** torch.linspace(-1, 4, 16), persistent=False)
         self.value = nn.Linear(size, width)
-        self.condition = nn.Linear(features + size + 32, width)
+        self.condition = nn.Linear(features + known + 32, width)
         with torch.no_grad():  # the trunk's features grow in number with its width, their share in the sum does not
             self.condition.weight[:, :features] *= math.sqrt(BASE_WIDTH / features)
         self.layers = nn.ModuleList(FlowLayer(width) for _ in range(layers))
         self.out = nn.Linear(width, size)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        silence(self.out)
 
     def forward(self, y: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """``y``: (..., E); ``time``: (..., 1) in [0, 1]; ``context``: (..., D + E). Returns (..., E)."""
+        """``y``: (..., E); ``time``: (..., 1) in [0, 1]; ``context``: (..., G). Returns (..., E)."""
         angle = time * self.frequencies
         condition = F.silu(self.condition(torch.cat((context, angle.cos(), angle.sin()), dim=-1)))
         x = self.value(y)
         for layer in self.layers:
             x = layer(x, condition)
-        velocity: Tensor = self.out(F.layer_norm(x, x.shape[-1:]))
-        return velocity
+        result: Tensor = self.out(F.layer_norm(x, x.shape[-1:]))
+        return result
+
+    @abstractmethod
+    def error(self, y: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
+        """The training loss of each sample: ``y`` (..., E) of unit deviation, ``context`` (..., G). Returns (...)."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor, context: Tensor) -> Tensor:
+        """Samples (..., E), a function of standard normal ``noise`` (..., E) and ``context`` (..., G)."""
 
 
-class FlowHead(nn.Module):
+class Flow(NoiseModel):
+    """The MLP gives the velocity of a straight path from noise (time 0) to the sample (time 1)."""
+
+    def error(self, y: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
+        time = torch.rand(*y.shape[:-1], 1, generator=generator, device=y.device)
+        noise = torch.randn(y.shape, generator=generator, device=y.device)
+        velocity: Tensor = self(noise + time * (y - noise), time, context)
+        return (velocity.float() - (y - noise)).square().mean(dim=-1)
+
+    def sample(self, noise: Tensor, context: Tensor) -> Tensor:
+        y = noise
+        for step in range(self.steps):
+            time = torch.full((*y.shape[:-1], 1), step / self.steps, device=y.device)
+            y = y + self(y, time, context).float() / self.steps
+        return y
+
+
+class Diffusion(NoiseModel):
+    """The MLP gives the noise that a sample was mixed with, at one of the levels of a cosine schedule."""
+
+    def __init__(self, config: DiffusionHeadConfig, size: int, features: int, known: int, layers: int) -> None:
+        super().__init__(config, size, features, known, layers)
+        self.levels, self.clip = config.train_steps, config.clip
+        self.kept: Tensor
+        self.register_buffer("kept", cosine_schedule(self.levels), persistent=False)
+
+    def error(self, y: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
+        level = torch.randint(1, self.levels + 1, (*y.shape[:-1], 1), generator=generator, device=y.device)
+        noise = torch.randn(y.shape, generator=generator, device=y.device)
+        kept = self.kept[level]
+        predicted: Tensor = self(kept.sqrt() * y + (1 - kept).sqrt() * noise, level / self.levels, context)
+        return (predicted.float() - noise).square().mean(dim=-1)
+
+    def sample(self, noise: Tensor, context: Tensor) -> Tensor:
+        """DDIM without added noise (Song et al. 2021, Eq. 12), the predicted clean sample clipped in every step."""
+        y = noise
+        levels = [round(self.levels * (1 - step / self.steps)) for step in range(self.steps + 1)]
+        signal, spread = self.kept.sqrt(), (1 - self.kept).sqrt()
+        for now, after in zip(levels, levels[1:], strict=False):
+            time = torch.full((*y.shape[:-1], 1), now / self.levels, device=y.device)
+            predicted = self(y, time, context).float()
+            clean = ((y - spread[now] * predicted) / signal[now]).clamp(-self.clip, self.clip)
+            y = signal[after] * clean + spread[after] * (y - signal[now] * clean) / spread[now]
+        return y
+
+
+def cosine_schedule(levels: int) -> Tensor:
+    """The share of a sample's variance that is kept at noise level 0 (all of it) to ``levels``, float32.
+
+    Nichol & Dhariwal 2021, Eq. 17; a level keeps at least a thousandth of the one before.
+    """
+    angle = (torch.arange(levels + 1, dtype=torch.float64) / levels + 0.008) / 1.008 * math.pi / 2
+    kept = angle.cos().square()
+    steps = (kept[1:] / kept[:-1]).clamp(min=0.001)
+    return torch.cat((torch.ones_like(steps[:1]), steps)).cumprod(dim=0).float()
+
+
+def noise_model(config: SoftHeadConfig, size: int, features: int, known: int, layers: int) -> NoiseModel:
+    """The noise model that a configuration asks for; see :class:`NoiseModel` for the arguments."""
+    kind = Diffusion if isinstance(config, DiffusionHeadConfig) else Flow
+    return kind(config, size, features, known, layers)
+
+
+class SoftHead(nn.Module):
     """Soft tokens in, soft tokens out. Implements :class:`hma_gym.dynamics.heads.TokenHead`."""
 
     kind = "soft"
 
-    def __init__(self, config: FlowHeadConfig, width: int) -> None:
+    def __init__(self, config: SoftHeadConfig, width: int) -> None:
         super().__init__()
         self.config = config
         rows, columns = config.grid
@@ -117,12 +243,12 @@ class FlowHead(nn.Module):
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.mean_out = nn.Linear(width, size)
         self.gate_out = nn.Linear(width, size)
-        self.flow = FlowMLP(size, width, config.flow_width, config.flow_layers)
+        self.flow = noise_model(config, size, width, size, config.flow_layers)
+        self.of_latents = isinstance(config, DiffusionHeadConfig) and config.predicts == "latent"
         self.residual_rms: Tensor
         self.register_buffer("residual_rms", torch.tensor(config.change_scale))
         for layer in (self.mean_out, self.gate_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            silence(layer)
         nn.init.constant_(self.gate_out.bias, CLOSED)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -157,6 +283,9 @@ class FlowHead(nn.Module):
             mean = mean + self.gate_out(features).float().sigmoid() * towards
         return mean
 
+    def _context(self, features: Tensor, mean: Tensor) -> Tensor:
+        return torch.cat((features, (mean / self.config.change_scale).to(features.dtype)), dim=-1)
+
     def corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         level = torch.rand(tokens.shape[0], *(1,) * (tokens.ndim - 1), generator=generator, device=tokens.device)
         noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
@@ -175,28 +304,21 @@ class FlowHead(nn.Module):
         if self.training:
             with torch.no_grad():
                 self.residual_rms.lerp_((error * weight).sum().sqrt(), 0.01)
-        y = residual.detach() / self.residual_rms
-        time = torch.rand(*y.shape[:-1], 1, generator=generator, device=y.device)
-        start = torch.randn(y.shape, generator=generator, device=y.device)
-        context = torch.cat((features_BTND, (mean.detach() / config.change_scale).to(features_BTND.dtype)), dim=-1)
-        velocity = self.flow(start + time * (y - start), time, context).float()
-        flow_loss = ((velocity - (y - start)).square().mean(dim=-1) * weight).sum()
+        y = self._patch(tokens) if self.of_latents else residual.detach() / self.residual_rms
+        flow_loss = (self.flow.error(y, self._context(features_BTND, mean.detach()), generator) * weight).sum()
         loss = mean_loss + config.flow_weight * flow_loss
         return loss, {"mean_loss": mean_loss.detach(), "flow_loss": flow_loss.detach()}
 
     def sample(self, features_BND: Tensor, scene: Scene, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
-        config = self.config
-        mean = self._mean(features_BND, scene)
-        change = mean
-        if temperature > 0:
-            context = torch.cat((features_BND, (mean / config.change_scale).to(features_BND.dtype)), dim=-1)
-            y = temperature * Draw(draw.seed_B, draw.step_B, draw.stream * 64).normal(*mean.shape[1:])
-            for step in range(config.flow_steps):
-                time = torch.full((*y.shape[:-1], 1), step / config.flow_steps, device=y.device)
-                y = y + self.flow(y, time, context).float() / config.flow_steps
-            change = mean + y * self.residual_rms
         order_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).uniform(self.positions)
-        return scene.previous + self._unpatch(change), order_BN
+        mean = self._mean(features_BND, scene)
+        if temperature == 0:
+            return scene.previous + self._unpatch(mean), order_BN
+        noise = temperature * Draw(draw.seed_B, draw.step_B, draw.stream * 64).normal(*mean.shape[1:])
+        y = self.flow.sample(noise, self._context(features_BND, mean))
+        if self.of_latents:
+            return self._unpatch(y), order_BN
+        return scene.previous + self._unpatch(mean + y * self.residual_rms), order_BN
 
     def merge(self, old: Tensor, new: Tensor, masked_BN: Tensor) -> Tensor:
         return self._unpatch(torch.where(masked_BN[..., None], self._patch(new), self._patch(old)))

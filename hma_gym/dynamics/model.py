@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from hma_gym.domains import Domain
 from hma_gym.dynamics.body import Body, BodyConfig, Pose, clip_poses, first_pose
 from hma_gym.dynamics.heads import Draw, Scene
-from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
+from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, NoiseModel, SoftHead, SoftHeadConfig, noise_model
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, training_mask, unmask
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
@@ -43,6 +43,16 @@ from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, Trun
 
 Conditioning = Literal["shifted", "in_place"]
 
+#: Where :meth:`Dynamics.act` draws from; tokens have the streams from 0 on.
+ACTION_STREAM = -1
+
+#: Token heads by the name that a checkpoint has for them.
+HEADS: dict[str, type[SoftHeadConfig] | type[MaskGITHeadConfig]] = {
+    "soft": FlowHeadConfig,
+    "diffusion": DiffusionHeadConfig,
+    "vq": MaskGITHeadConfig,
+}
+
 
 @dataclass(frozen=True)
 class DynamicsConfig:
@@ -50,7 +60,8 @@ class DynamicsConfig:
 
     Attributes:
         trunk: geometry of the shared transformer.
-        head: the kind of token: a :class:`FlowHeadConfig` (soft) or a :class:`MaskGITHeadConfig` (discrete).
+        head: the kind of token and how it is sampled: a :class:`FlowHeadConfig` or :class:`DiffusionHeadConfig` (soft),
+            or a :class:`MaskGITHeadConfig` (discrete).
         body: sizes of the networks that foretell and draw the robot itself.
         conditioning: see the module's docstring.
         action_tokens: extra positions that carry the action beside modulation (``concat``; the paper uses 64).
@@ -67,7 +78,7 @@ class DynamicsConfig:
     """
 
     trunk: TrunkConfig = TrunkConfig()
-    head: FlowHeadConfig | MaskGITHeadConfig = FlowHeadConfig()
+    head: SoftHeadConfig | MaskGITHeadConfig = FlowHeadConfig()
     body: BodyConfig = BodyConfig()
     conditioning: Conditioning = "shifted"
     action_tokens: int = 0
@@ -94,9 +105,9 @@ class DynamicsConfig:
             raise InvalidArgument(f"dynamics: conditioning must be 'shifted' or 'in_place', got {self.conditioning!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict, read back by :meth:`from_dict`; ``head["kind"]`` tells the kind of token."""
+        """A JSON-ready dict, read back by :meth:`from_dict`; ``head["kind"]`` is a name of :data:`HEADS`."""
         fields = dataclasses.asdict(self)
-        fields["head"]["kind"] = "soft" if isinstance(self.head, FlowHeadConfig) else "vq"
+        fields["head"]["kind"] = next(name for name, kind in HEADS.items() if type(self.head) is kind)
         return fields
 
     @classmethod
@@ -104,15 +115,11 @@ class DynamicsConfig:
         """The inverse of :meth:`to_dict`; unknown or missing keys raise :class:`CheckpointError`."""
         head_fields = dict(fields.get("head", {}))
         kind = head_fields.pop("kind", None)
-        kinds: dict[Any, type[FlowHeadConfig] | type[MaskGITHeadConfig]] = {
-            "soft": FlowHeadConfig,
-            "vq": MaskGITHeadConfig,
-        }
-        if kind not in kinds:
-            raise CheckpointError(f"dynamics config: head kind must be one of {sorted(kinds)}, got {kind!r}.")
+        if kind not in HEADS:
+            raise CheckpointError(f"dynamics config: head kind must be one of {sorted(HEADS)}, got {kind!r}.")
         parts = {
             "trunk": _strict(TrunkConfig, fields.get("trunk", {})),
-            "head": _strict(kinds[kind], head_fields),
+            "head": _strict(HEADS[kind], head_fields),
             "body": _strict(BodyConfig, fields.get("body", {})),
         }
         return _strict(cls, {**fields, **parts})
@@ -190,9 +197,9 @@ class DomainAdapter(nn.Module):
         self.pose = nn.Sequential(nn.Linear(pose_size, width), nn.SiLU(), nn.Linear(width, width))
         self.register_buffer("corrected", torch.ones(domain.state_dim))
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
-        self.action_out = nn.Linear(width, max(self.action_size, 1))
+        self.action_out = _action_head(config.head, max(self.action_size, 1), width)
         self.target_out = nn.Linear(width, max(domain.target_dim, 1))
-        for last in (self.state_out, self.action_out, self.target_out, self.pose[2]):
+        for last in (self.state_out, self.target_out, self.pose[2]):
             silence(last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -204,7 +211,8 @@ class DomainAdapter(nn.Module):
 
     def readouts(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to a size that does not grow with it."""
-        return [weight_of(layer) for layer in (self.state_out, self.action_out, self.target_out)]
+        action = self.action_out.condition if isinstance(self.action_out, NoiseModel) else self.action_out
+        return [weight_of(layer) for layer in (self.state_out, action, self.target_out)]
 
     def _action_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an action chunk, (stride * A) each."""
@@ -216,9 +224,17 @@ class DomainAdapter(nn.Module):
         mean, std = self._action_statistics()
         return (action - mean) / std
 
-    def next_action(self, feature: Tensor) -> Tensor:
-        """The action head: (..., D) -> normalised action chunks (..., stride * A)."""
-        action: Tensor = self.action_out(feature)[..., : self.action_size]
+    def action_error(self, feature: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
+        """The action head's loss, of features (..., D) and normalised chunks (..., stride * A): (...)."""
+        if isinstance(self.action_out, NoiseModel):
+            return self.action_out.error(action, feature, generator)
+        return (self.action_out(feature).float() - action).square().mean(dim=-1)
+
+    def next_action(self, feature_BD: Tensor, draw: Draw, temperature: float) -> Tensor:
+        """The action head: (B, D) -> normalised action chunks (B, stride * A): a mean, or a sample if it diffuses."""
+        if isinstance(self.action_out, NoiseModel):
+            return self.action_out.sample(temperature * draw.normal(self.action_size), feature_BD)
+        action: Tensor = self.action_out(feature_BD)[..., : self.action_size]
         return action.float()
 
     def restore_action(self, action: Tensor) -> Tensor:
@@ -271,6 +287,15 @@ class DomainAdapter(nn.Module):
             return feature.new_zeros(*feature.shape[:-1], 0, dtype=torch.float32)
         above_mean: Tensor = self.target_out(feature).float() * self.get_buffer("target_std")
         return self.get_buffer("target_mean") + above_mean
+
+
+def _action_head(head: SoftHeadConfig | MaskGITHeadConfig, size: int, width: int) -> nn.Linear | NoiseModel:
+    """A linear read-out, or with ``action_layers`` a noise model."""
+    if isinstance(head, DiffusionHeadConfig) and head.action_layers:
+        return noise_model(head, size, width, 0, head.action_layers)
+    linear = nn.Linear(width, size)
+    silence(linear)
+    return linear
 
 
 def _mean_where(value_BT: Tensor, weight_BT: Tensor) -> Tensor:
@@ -352,8 +377,8 @@ class Dynamics(nn.Module):
         self.config = config
         self.domains = tuple(domains)
         width = config.trunk.width
-        self.head: FlowHead | MaskGITHead = (
-            FlowHead(config.head, width) if isinstance(config.head, FlowHeadConfig) else MaskGITHead(config.head, width)
+        self.head: SoftHead | MaskGITHead = (
+            SoftHead(config.head, width) if isinstance(config.head, SoftHeadConfig) else MaskGITHead(config.head, width)
         )
         self.trunk = SpaceTimeTransformer(config.trunk)
         self.positions = self.head.positions + 1 + config.action_tokens
@@ -609,7 +634,7 @@ class Dynamics(nn.Module):
         loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], scene, masked, generator)
         targets = batch["targets"][:, start + 1 : start + T + 1] if "targets" in batch else None
         for name, weight, value in self._side_losses(
-            columns, aimed_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B
+            columns, aimed_pos[:, 1:], predicted, actions, known & ~given, targets, domain_B, generator
         ):
             loss = loss + weight * value
             metrics[name] = value.detach()
@@ -687,6 +712,7 @@ class Dynamics(nn.Module):
         hidden_BT: Tensor,
         targets: Tensor | None,
         domain_B: Tensor,
+        generator: torch.Generator,
     ) -> list[tuple[str, float, Tensor]]:
         """Losses of predicted states and targets and of hidden actions, each (name, weight, mean)."""
         config, B = self.config, len(domain_B)
@@ -706,7 +732,7 @@ class Dynamics(nn.Module):
                 wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=0.2)
                 target_loss = target_loss + share * _mean_where(wrong.mean(-1), predicted)
             if adapter.action_size:
-                wrong = (adapter.next_action(feature) - actions[rows, :, : adapter.action_size]).square().mean(-1)
+                wrong = adapter.action_error(feature, actions[rows, :, : adapter.action_size], generator)
                 action_loss = action_loss + share * _mean_where(wrong, hidden_BT[rows].float())
         return [
             ("state_loss", config.state_weight, state_loss),
@@ -804,7 +830,8 @@ class Dynamics(nn.Module):
         columns, _ = self._first_pass(state, nothing_BA, hidden_B, False)
         result = nothing_BA
         for adapter, rows in self._groups(state.domain_B):
-            action = adapter.next_action(columns.state_BTD[rows, -1])
+            draw = Draw(state.seed_B[rows], state.step_B[rows], ACTION_STREAM)
+            action = adapter.next_action(columns.state_BTD[rows, -1], draw, self.config.temperature)
             result[rows, : adapter.action_size] = adapter.restore_action(action)
         return result
 

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from hma_gym.dynamics.heads import Draw, Scene
-from hma_gym.dynamics.mar import FlowHead, FlowHeadConfig
+from hma_gym.dynamics.mar import FlowHeadConfig, SoftHead
 from hma_gym.errors import InvalidArgument
 
 WIDTH = 8
 
 
-def _head(**fields: object) -> FlowHead:
+def _head(**fields: object) -> SoftHead:
     torch.manual_seed(0)
     settings = {"grid": (2, 2), "channels": 2, "patch": 1, "flow_width": 32, "flow_layers": 2, "flow_steps": 16}
-    return FlowHead(FlowHeadConfig(**{**settings, **fields}), WIDTH)  # type: ignore[arg-type]
+    return SoftHead(FlowHeadConfig(**{**settings, **fields}), WIDTH)  # type: ignore[arg-type]
 
 
 def _draw(rows: int, step: int = 0) -> Draw:
     return Draw(torch.arange(rows), torch.full((rows,), step), 0)
 
 
-def _fit(head: FlowHead, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], steps: int = 400) -> None:
+def _fit(head: SoftHead, draw: Callable[[torch.Generator], tuple[Tensor, Tensor]], steps: int = 400) -> None:
     """Train on features (B, 1, 4, D) and the changes (B, 1, 4, 2) that follow them, drawn anew at every step."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
