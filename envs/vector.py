@@ -39,10 +39,10 @@ from hma_gym.envs.spaces import ObsType, agent_pos_space, observation_space
 from hma_gym.envs.starts import StartOptions, read_options
 from hma_gym.envs.world import LearnedWorld, Rows, load_world
 from hma_gym.errors import EnvironmentState, InvalidArgument
-from hma_gym.judges.protocol import Judge
+from hma_gym.judges.protocol import Judge, TokenJudge
 
 Decode = Literal["last", "all", "none"]
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _SEED_LIMIT = 2**62
 
 
@@ -52,7 +52,7 @@ class Chunk:
 
     Attributes:
         observations, terminations, truncations, infos: as ``step`` returns them, after the chunk; with
-            ``decode="none"`` observations is None and infos has nothing from the judge.
+            ``decode="none"`` observations is None, and infos has something from judges of tokens only.
         rewards: (N,) sum over the frames that were judged (see ``decode``).
         steps: (N,) int64, how many of the chunk's steps each environment ran.
         path: with ``decode="all"`` the observations after each step, (N, H, ...), before any reset; else None.
@@ -85,7 +85,8 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         obs_type: ``pixels`` or ``pixels_agent_pos``.
         image_size: only to state what is expected: another size than the checkpoint's is refused.
         max_episode_steps: truncate episodes at this length (``make_vec`` passes the registered horizon).
-        judge: a judge, or the name of a registered one; None takes the checkpoint's own.
+        judge: a judge, or the name of a registered one; ``classifier`` (None means the same) and ``feature``, which reads
+            tokens and needs no pixels, are the checkpoint's own.
         output: ``numpy``, or ``torch`` for tensors on the device (nothing but the action check and, with
             ``terminate_on_success``, the verdicts is then copied to the host).
         autoreset_mode: Gymnasium's ``AutoresetMode`` or its value.
@@ -112,7 +113,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         obs_type: ObsType = "pixels",
         image_size: int | None = None,
         max_episode_steps: int | None = None,
-        judge: Judge | str | None = None,
+        judge: Judge | TokenJudge | str | None = None,
         output: Literal["numpy", "torch"] = "numpy",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         terminate_on_success: bool = False,
@@ -158,7 +159,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         self._episodes = Episodes(read_mode(autoreset_mode), num_envs, max_episode_steps)
         fps = world.domain.control_hz / world.domain.stride
         self.metadata = {**self.metadata, "render_fps": fps, "autoreset_mode": self._episodes.mode}
-        self._output_name = output
+        self.output = output
         self._output = make_output(output, world.device)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._generator_seeds = [-1] * num_envs
@@ -205,7 +206,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         self._seed(seed, chosen.mask_N)
         self._restart(chosen)
         self._episodes.restart(chosen.mask_N)
-        values, _ = self._look()
+        values, _ = self._look(True)
         return self._output.observations(self._observed()), self._output.infos(values, chosen.mask_N)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -254,8 +255,9 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             actions: (N, H, A), as for :meth:`step`.
             decode: which frames are decoded and judged. ``last``: each environment's last one (and what the judge's
                 window needs before it); its reward is that frame's. ``all``: every frame; the reward is their sum.
-                ``none``: no frame, no reward: for planning by other means; :meth:`observe` decodes afterwards. With
-                ``terminate_on_success`` every frame is judged whatever is chosen.
+                ``none``: no frame, for planning; :meth:`observe` decodes afterwards. The last frame is then judged,
+                and rewarded, only by a judge that reads tokens. With ``terminate_on_success`` every frame is judged
+                whatever is chosen.
 
         Raises:
             InvalidArgument: another ``decode``.
@@ -282,8 +284,13 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         return {
             "version": _STATE_VERSION,
             "world": self._fingerprint(),
-            "tensors": {**rollout, "tokens": copy.tokens_NK, "frames": copy.frames_NKHWC},
-            "hidden": copy.hidden_NK,
+            "tensors": {
+                **rollout,
+                "tokens": copy.tokens_NK,
+                "frames": copy.frames_NFHWC,
+                "codes": copy.codes_NFD,
+            },
+            "hidden": copy.hidden_NF,
             "elapsed": self._episodes.elapsed_N.copy(),
             "over": self._episodes.over_N.copy(),
             "generators": [deepcopy(self._generator(i).bit_generator.state) for i in range(self.num_envs)],
@@ -294,7 +301,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         """Return to a saved state of this or an equal vector environment: the same frames will follow.
 
         Raises:
-            EnvironmentState: the state is of another version, checkpoint, domain, judge's window or number of
+            EnvironmentState: the state is of another version, checkpoint, domain, judge or number of
                 environments, or the environment is closed.
         """
         self._require_open()
@@ -307,7 +314,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         device = self.world.device
         tensors = {name: tensor.to(device) for name, tensor in state["tensors"].items()}
         rollout = RolloutState(**{n: tensors[f"rollout.{n}"] for n in RolloutState.__dataclass_fields__})
-        rows = Rows(rollout, tensors["tokens"], tensors["frames"], state["hidden"])
+        rows = Rows(rollout, tensors["tokens"], tensors["frames"], tensors["codes"], state["hidden"])
         with torch.inference_mode():
             self._rows = rows.select(np.arange(self.num_envs))
         self._episodes.elapsed_N = state["elapsed"].copy()
@@ -335,7 +342,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             checkpoint=self.world,
             obs_type=self.obs_type,
             max_episode_steps=self._episodes.max_episode_steps,
-            output=self._output_name,
+            output=self.output,
             autoreset_mode=self._episodes.mode,
             terminate_on_success=self.terminate_on_success,
             render_mode=self.render_mode,
@@ -378,7 +385,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                 with torch.inference_mode():
                     self._rows = world.step(self._require_ready(), actions_NHA[:, h], active_N)
                 if every:
-                    values, success_N = self._look()
+                    values, success_N = self._look(decode == "all")
                     seen, rewards_N = True, rewards_N + (success_N & self._tensor(active_N))
                     if self.terminate_on_success:
                         ended_N = success_N.cpu().numpy() & active_N
@@ -387,20 +394,25 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             if decode == "all":
                 path.append(_copied(self._observed()))
         truncated_N, again_N = episodes.end(steps_N, terminated_N)
-        if (show or again_N.any()) and not seen:
-            values, success_N = self._look()
-            rewards_N = rewards_N + (success_N & self._tensor(steps_N > 0)) if show else rewards_N
+        judged = show or not world.frames_for_judge  # what needs no pixels is judged whether they are shown or not
+        pixels = show or bool(again_N.any())
+        if not seen and (judged or pixels):
+            values, success_N = self._look(pixels)
+            if judged:
+                rewards_N = rewards_N + (success_N & self._tensor(steps_N > 0))
+        elif pixels:
+            self._seen()
         infos = output.final_infos(self._observed(), values, again_N) if again_N.any() else {}
         if again_N.any():
             self._restart(StartOptions(again_N, np.full(self.num_envs, -1), None))
-            if show:
-                values, _ = self._look()
+            if judged:
+                values, _ = self._look(show)
         return Chunk(
             observations=output.observations(self._observed()) if show else None,
             rewards=output.rewards(rewards_N),
             terminations=output.mask(terminated_N),
             truncations=output.mask(truncated_N),
-            infos={**infos, **output.infos(values, everyone_N)} if show else infos,
+            infos={**infos, **output.infos(values, everyone_N)} if judged else infos,
             steps=output.counts(steps_N),
             path=output.observations(_stack(path)) if path else None,
         )
@@ -422,11 +434,13 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             else:
                 self._rows.put(index_R, rows)
 
-    def _look(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Decode what the judge needs to see: its infos, (N,) each, and its verdict (N,) bool."""
+    def _look(self, show: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Decode what the judge needs to see, and the current frames if ``show``: its infos, (N,) each, and its verdict
+        (N,) bool."""
+        world = self.world
         with torch.inference_mode():
-            self._rows = self.world.see(self._require_ready(), self.world.window)
-            return self.world.judged(self._rows)
+            self._rows = world.see(self._require_ready(), max(world.frames_for_judge, int(show)))
+            return world.judged(self._rows)
 
     def _observed(self) -> Observations:
         """Current observations of decoded frames, on the device; to be copied before the rows change."""
@@ -464,9 +478,10 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             if value is not None:
                 self._generators[i], self._generator_seeds[i] = seeding.np_random(value)
 
-    def _fingerprint(self) -> tuple[str, str, str, int, int]:
-        checkpoint = self.world.checkpoint
-        return checkpoint.name, checkpoint.digest, self.world.domain.name, self.world.window, self.num_envs
+    def _fingerprint(self) -> tuple[str, str, str, str, int, int]:
+        world, checkpoint = self.world, self.world.checkpoint
+        judge = "" if world.judge is None else world.judge.name
+        return checkpoint.name, checkpoint.digest, world.domain.name, judge, world.window, self.num_envs
 
     def _require_open(self) -> None:
         if self.closed:

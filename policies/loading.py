@@ -6,6 +6,8 @@ A name is ``SPEC`` or ``LABEL=SPEC``, and SPEC one of
 * ``FILE.pth``                      a robomimic checkpoint;
 * ``sb3:ALGORITHM:FILE.zip``        a stable-baselines3 model, e.g. ``sb3:PPO:lift.zip``;
 * ``sighted:MODE:COMPETENCE:FOLDER``  the scripted policy that sees through a diffusion policy's encoder;
+* ``mpc:PLANNER:CHECKPOINT[:POLICY]``  planning with a learned model (``cem``, ``icem``, ``mppi``), also over a policy's
+  own plans; ``mpc:FILE.json`` sets everything (:class:`hma_gym.policies.mpc.loading.MPCOptions`);
 * ``python:MODULE:FUNCTION``        your own: ``FUNCTION(episodes)`` returns a policy for that many environments;
 * ``random``                        uniform random actions.
 
@@ -157,6 +159,12 @@ def _sb3(text: str) -> PolicySource:
     return PolicySource(f"sb3 {algorithm}", lambda episodes: SB3Policy(model), file_digest(Path(file)))
 
 
+def _mpc(text: str) -> PolicySource:
+    from hma_gym.policies.mpc.loading import mpc_source, read_options
+
+    return mpc_source(read_options(text))
+
+
 def _python(text: str) -> PolicySource:
     module_name, _, function_name = text.rpartition(":")
     try:
@@ -184,6 +192,7 @@ KINDS: dict[str, Callable[[str], PolicySource]] = {
     "robomimic": _robomimic,
     "sb3": _sb3,
     "sighted": _sighted,
+    "mpc": _mpc,
     "python": _python,
     "random": _random,
 }

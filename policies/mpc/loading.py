@@ -1,0 +1,136 @@
+"""MPC by name: the kinds ``mpc:PLANNER:CHECKPOINT``, ``mpc:PLANNER:CHECKPOINT:POLICY`` and ``mpc:FILE.json``.
+
+The file holds the fields of :class:`MPCOptions` that differ from their defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hma_gym.dynamics.checkpoint import load_checkpoint
+from hma_gym.dynamics.precision import with_precision
+from hma_gym.errors import CheckpointError, InvalidArgument, UnknownName
+from hma_gym.policies.loading import EpisodeSeed, PolicySource, load_policy
+from hma_gym.policies.mpc.learned import LearnedDynamics
+from hma_gym.policies.mpc.objectives import Cautious, JudgedSuccess, ReachAndLift
+from hma_gym.policies.mpc.planners import CEM, ICEM, MPPI, Planner
+from hma_gym.policies.mpc.policy import MPCPolicy
+from hma_gym.policies.mpc.proposals import PolicyProposals
+from hma_gym.policies.mpc.protocol import Objective
+
+PLANNERS: dict[str, type[CEM] | type[ICEM] | type[MPPI]] = {"cem": CEM, "icem": ICEM, "mppi": MPPI}
+OBJECTIVES = ("auto", "judge", "lift")
+
+
+@dataclass(frozen=True)
+class MPCOptions:
+    """Model predictive control.
+
+    Attributes:
+        checkpoint: name, folder or hub id of the model to plan with.
+        planner: ``cem``, ``icem`` or ``mppi``.
+        search: the planner's own arguments, e.g. ``{"samples": 64, "rounds": 2}``.
+        objective: ``lift`` (hand to cube, and up), ``judge`` (its probability of success at the plan's end), or
+            ``auto``: ``lift`` for that task where the model predicts the cube's place, else ``judge``.
+        uncertainty_weight: penalty for steps that the model is unsure of.
+        policy: whose plans are tried too, see :mod:`hma_gym.policies.loading`; None for noise alone.
+        proposals: how many plans of the policy.
+        horizon, execute: steps of a plan, and how many are carried out before the next.
+        precision: of the model's matrix products.
+        batch: rows that the model is given at once.
+    """
+
+    checkpoint: str = "lift-64"
+    planner: Literal["cem", "icem", "mppi"] = "icem"
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: Literal["auto", "judge", "lift"] = "auto"
+    uncertainty_weight: float = 0.0
+    policy: str | None = None
+    proposals: int = 8
+    horizon: int = 12
+    execute: int = 4
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    batch: int = 32
+
+
+def read_options(text: str) -> MPCOptions:
+    """The options that the text after ``mpc:`` means.
+
+    Raises:
+        InvalidArgument: it is malformed, or the file has an unknown field.
+    """
+    if text.endswith(".json"):
+        try:
+            fields = json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise InvalidArgument(f"mpc:{text} must name a readable JSON file of MPCOptions, got: {error}.") from error
+        known = sorted(f.name for f in dataclasses.fields(MPCOptions))
+        if not isinstance(fields, dict) or not set(fields) <= set(known):
+            raise InvalidArgument(f"mpc:{text} must be a JSON object with keys of {known}, got {fields!r}.")
+        return MPCOptions(**fields)
+    planner, _, rest = text.partition(":")
+    checkpoint, _, policy = rest.partition(":")
+    if not planner or not checkpoint:
+        raise InvalidArgument(
+            f"MPC is mpc:PLANNER:CHECKPOINT, mpc:PLANNER:CHECKPOINT:POLICY or mpc:FILE.json, got 'mpc:{text}'."
+        )
+    return MPCOptions(checkpoint=checkpoint, planner=planner, policy=policy or None)  # type: ignore[arg-type]
+
+
+def mpc_source(options: MPCOptions) -> PolicySource:
+    """The policy that the options describe, for any number of environments.
+
+    Raises:
+        UnknownName: no such planner, objective or policy.
+        CheckpointError: the checkpoint cannot be read, or has no judge where one is needed.
+    """
+    if options.planner not in PLANNERS:
+        raise UnknownName("planner", options.planner, list(PLANNERS))
+    if options.objective not in OBJECTIVES:
+        raise UnknownName("objective", options.objective, list(OBJECTIVES))
+    try:
+        planner: Planner = PLANNERS[options.planner](**options.search)
+    except TypeError as error:
+        known = [f.name for f in dataclasses.fields(PLANNERS[options.planner])]
+        raise InvalidArgument(f"search must be arguments of {options.planner}, {known}: {error}.") from error
+    base = None if options.policy is None else load_policy(options.policy)
+    loaded = load_checkpoint(options.checkpoint)
+    dynamics = LearnedDynamics(with_precision(loaded, options.precision))
+    objective: Objective
+    if options.objective == "lift" or (
+        options.objective == "auto" and loaded.task == "lift" and dynamics.domain.target_dim >= 3
+    ):
+        objective = ReachAndLift()
+    elif loaded.judge is None:
+        raise CheckpointError(
+            f"checkpoint {loaded.name!r} has no judge to plan on; choose another objective, or train a judge."
+        )
+    else:
+        objective = JudgedSuccess(loaded.judge)
+    if options.uncertainty_weight:
+        objective = Cautious(objective, options.uncertainty_weight)
+
+    def make(episodes: Sequence[EpisodeSeed]) -> MPCPolicy[Any]:
+        seeds = [episode.seed for episode in episodes]
+        proposer = None
+        if base is not None:
+            proposer = PolicyProposals(dynamics, base.make, seeds, count=options.proposals, horizon=options.horizon)
+        return MPCPolicy(
+            dynamics,
+            objective,
+            planner,
+            seeds,
+            horizon=options.horizon,
+            execute=options.execute,
+            proposer=proposer,
+            batch=options.batch,
+        )
+
+    digest = f"{loaded.digest[:16]}{'' if base is None else base.digest}"
+    family = f"mpc {options.planner}" if base is None else f"mpc {options.planner} over {base.family}"
+    return PolicySource(family, make, digest)
