@@ -42,7 +42,7 @@ class BodyConfig:
 
     history: int = 3
     octaves: int = 4
-    coast_width: int = 192
+    coast_width: int = 256
     look_width: int = 512
     look_layers: int = 3
 
@@ -239,8 +239,9 @@ class Body(nn.Module):
         an object stops).
 
         Args:
-            batch: ``agent_pos`` (B, T + 1, P), ``actions`` (B, T, A) normalised, ``at_rest`` (B,) bool;
-                ``poses`` (M, P) and ``tokens`` (M, S, C).
+            batch: ``agent_pos`` (B, T + 1, P), ``actions`` (B, T, A) normalised, ``at_rest`` (B,) bool, optional
+                ``warm`` (): so many first transitions are shown, not foretold; ``poses`` (M, P) and ``tokens``
+                (M, S, C).
             generator: all random choices come from it.
         """
         agent_pos, actions, device = batch["agent_pos"], batch["actions"], batch["agent_pos"].device
@@ -249,8 +250,11 @@ class Body(nn.Module):
         told_BP &= torch.rand(B, 1, generator=generator, device=device) < 0.5
         given_B = torch.rand(B, generator=generator, device=device) > 0.03
         pose = first_pose(agent_pos[:, 0], self.config.history, actions.shape[-1], batch["at_rest"])
+        warm = int(batch["warm"]) if "warm" in batch else 0
+        for t in range(warm):
+            pose = pose.after(agent_pos[:, t + 1], actions[:, t], given_B)
         errors = []
-        for t in range(T):
+        for t in range(warm, T):
             found = self.coasted(pose, actions[:, t], given_B)
             errors.append((found - agent_pos[:, t + 1]) / self.get_buffer("delta_std"))
             pose = pose.after(torch.where(told_BP, agent_pos[:, t + 1], found), actions[:, t], given_B)

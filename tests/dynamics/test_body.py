@@ -131,3 +131,28 @@ def test_the_gate_brings_a_spoilt_frame_back_to_what_the_body_draws() -> None:
     action = dynamics.normalise_actions(clip["actions"][:, :1], clip["domain"])[:, 0]
     drawn = body.drawn(body.coasted(pose, action, torch.ones(2, dtype=torch.bool)))
     torch.testing.assert_close(frames[0], drawn)
+
+
+def test_transitions_that_are_shown_are_not_scored_but_remembered() -> None:
+    """``warm`` transitions give the history that the others are foretold with."""
+    body = Body(domain("arm", actions=2, state=3), BodyConfig(history=2), None)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(body.coast[6].weight)  # type: ignore[index]
+    batch = {
+        "agent_pos": torch.randn(5, 4, 3).cumsum(dim=1),
+        "actions": torch.randn(5, 3, 2),
+        "at_rest": torch.zeros(5, dtype=torch.bool),
+        "warm": torch.tensor(2),
+    }
+    loss, _ = body.loss(batch, torch.Generator().manual_seed(1))
+    spoilt = {**batch, "agent_pos": batch["agent_pos"].clone()}
+    spoilt["agent_pos"][:, 1] += 1.0  # was shown: it changes the motions of the scored transition
+    assert not torch.equal(body.loss(spoilt, torch.Generator().manual_seed(1))[0], loss)
+    given = torch.ones(5, dtype=torch.bool)
+    pose = first_pose(batch["agent_pos"][:, 0], 2, 2, batch["at_rest"])
+    for t in range(2):
+        pose = pose.after(batch["agent_pos"][:, t + 1], batch["actions"][:, t], given)
+    error = (body.coasted(pose, batch["actions"][:, 2], given) - batch["agent_pos"][:, 3]) / body.get_buffer(
+        "delta_std"
+    )
+    torch.testing.assert_close(loss, ((error.square() + 0.01).sqrt() - 0.1).mean())

@@ -48,16 +48,19 @@ def _dynamics(cache: TokenCache, stride: int = 1) -> Dynamics:
     return Dynamics(DynamicsConfig(trunk, FlowHeadConfig((4, 4), channels=3, patch=2)), [own])
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int) -> None:
+@pytest.mark.parametrize(("stride", "step"), [(1, 0), (1, 6), (3, 0), (3, 6)])
+def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int, step: int) -> None:
     cache = _cache()
     batches = BodyBatches(cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0)
-    batch = batches.batch(0)
+    batch = batches.batch(step)
     label = batch["agent_pos"][..., 1].numpy().astype(int)
     assert (np.diff(label, axis=1) == stride).all() and (label // ROWS == label[:, :1] // ROWS).all()
     assert (label[:, 0] // ROWS < 8).all()  # training episodes only
     assert ((label[:, 0] % ROWS == 0) == batch["at_rest"].numpy()).all()
-    assert 0.4 < batch["at_rest"].float().mean() < 0.9
+    if step:  # a long window, and most begin at rest
+        assert len(label) == 40 and int(batch["warm"]) == 0 and 0.4 < batch["at_rest"].float().mean() < 0.9
+    else:
+        assert len(label) == 320 and label.shape[1] - 1 - int(batch["warm"]) == 3
     own = batches.body.domain
     raw = batch["actions"] * torch.tensor(own.action_std).repeat(stride) + torch.tensor(own.action_mean).repeat(stride)
     moved = raw.unflatten(-1, (stride, 2))[..., 0].sum(dim=-1)
@@ -66,11 +69,12 @@ def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int
     np.testing.assert_array_equal(batch["tokens"].numpy(), cache.tokens[shown].astype(np.float32))
 
 
-def test_windows_grow_over_the_first_third_and_are_a_function_of_the_step() -> None:
+def test_windows_are_short_then_grow_and_are_a_function_of_the_step() -> None:
     cache = _cache()
     batches = BodyBatches(cache, _dynamics(cache).adapter(0).body, 4, 2, steps=300, seed=0)
     lengths = [batches.transitions(step) for step in range(300)]
-    assert lengths[0] == 4 and lengths[100:] == [ROWS - 1] * 200 and lengths == sorted(lengths)
+    assert lengths[:180] == [6] * 180 and lengths[180] == 4  # 3 of these 6 are shown
+    assert lengths[260:] == [ROWS - 1] * 40 and lengths[180:] == sorted(lengths[180:])
     for name, value in batches.batch(7).items():
         assert torch.equal(value, batches.batch(7)[name])
 
