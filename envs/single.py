@@ -24,7 +24,7 @@ from hma_gym.envs.actions import read_actions
 from hma_gym.envs.spaces import ObsType
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
-from hma_gym.judges.protocol import Judge
+from hma_gym.judges.protocol import Judge, TokenJudge
 
 
 class HMAEnv(gymnasium.Env[Any, Any]):
@@ -48,7 +48,7 @@ class HMAEnv(gymnasium.Env[Any, Any]):
         checkpoint: str | Path | Checkpoint | LearnedWorld | None = None,
         obs_type: ObsType = "pixels",
         image_size: int | None = None,
-        judge: Judge | str | None = None,
+        judge: Judge | TokenJudge | str | None = None,
         terminate_on_success: bool = False,
         temperature: float | None = None,
         decode_steps: int | None = None,

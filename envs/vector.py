@@ -85,8 +85,8 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         obs_type: ``pixels`` or ``pixels_agent_pos``.
         image_size: only to state what is expected: another size than the checkpoint's is refused.
         max_episode_steps: truncate episodes at this length (``make_vec`` passes the registered horizon).
-        judge: a judge, or the name of a registered one; ``classifier`` (None means the same) and ``feature``, which reads
-            tokens and needs no pixels, are the checkpoint's own.
+        judge: a judge, or the name of a registered one; ``classifier`` (None means the same) and ``feature``, which
+            reads tokens and needs no pixels, are the checkpoint's own.
         output: ``numpy``, or ``torch`` for tensors on the device (nothing but the action check and, with
             ``terminate_on_success``, the verdicts is then copied to the host).
         autoreset_mode: Gymnasium's ``AutoresetMode`` or its value.

@@ -6,8 +6,9 @@ the caller owns; the world itself never changes, so that many environments can s
 Always the whole batch goes through a network, also when some rows stand still, and frames are encoded in batches that
 do not depend on who resets: so a row's numbers do not depend on what its neighbours do, to the last bit.
 
-Shape legend: N rows, R rows that begin, K window of the judge, T frames of context, H W frame, S tokens of a frame,
-P agent_pos dims, A numbers of an action (action dims times stride).
+Shape legend: N rows, R rows that begin, K window of the judge, F frames of it that are kept as pixels (K, or 1 where
+the judge reads none), D numbers of a judge's code of a frame, T frames of context, H W frame, S tokens of a frame, P
+agent_pos dims, A numbers of an action (action dims times stride).
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from hma_gym.dynamics.refresh import refreshed
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
-from hma_gym.judges.protocol import Judge
-from hma_gym.judges.registry import get_judge
+from hma_gym.judges.classifier import ClassifierJudge
+from hma_gym.judges.feature import FeatureJudge
+from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge
+from hma_gym.judges.registry import get_step_judge
 
 Mask = NDArray[np.bool_]
 _ENCODE_BATCH = 32
@@ -42,22 +45,24 @@ class Rows:
     Attributes:
         rollout: the dynamics model's state.
         tokens_NK: tokens of the last K frames, oldest first; at the start the first frame fills the window.
-        frames_NKHWC: those frames, uint8; meaningless where hidden.
-        hidden_NK: host mask of frames that were not decoded yet.
+        frames_NFHWC: the last F of those frames, uint8; meaningless where hidden.
+        codes_NFD: what the judge noted of them, float32; D = 0 for judges that note nothing.
+        hidden_NF: host mask of frames that were not decoded yet.
     """
 
     rollout: RolloutState
     tokens_NK: Tensor
-    frames_NKHWC: Tensor
-    hidden_NK: Mask
+    frames_NFHWC: Tensor
+    codes_NFD: Tensor
+    hidden_NF: Mask
 
     def __len__(self) -> int:
-        return len(self.hidden_NK)
+        return len(self.hidden_NF)
 
     @property
     def frame_NHWC(self) -> Tensor:
         """The current frames."""
-        return self.frames_NKHWC[:, -1]
+        return self.frames_NFHWC[:, -1]
 
     def select(self, index_R: NDArray[np.int64]) -> Rows:
         """These rows, in that order, as a copy; rows may repeat."""
@@ -65,8 +70,9 @@ class Rows:
         return Rows(
             self.rollout.select(index),
             self.tokens_NK.index_select(0, index),
-            self.frames_NKHWC.index_select(0, index),
-            self.hidden_NK[index_R],
+            self.frames_NFHWC.index_select(0, index),
+            self.codes_NFD.index_select(0, index),
+            self.hidden_NF[index_R],
         )
 
     def put(self, index_R: NDArray[np.int64], other: Rows) -> None:
@@ -75,8 +81,9 @@ class Rows:
         for field in dataclasses.fields(RolloutState):
             getattr(self.rollout, field.name).index_copy_(0, index, getattr(other.rollout, field.name))
         self.tokens_NK.index_copy_(0, index, other.tokens_NK)
-        self.frames_NKHWC.index_copy_(0, index, other.frames_NKHWC)
-        self.hidden_NK[index_R] = other.hidden_NK
+        self.frames_NFHWC.index_copy_(0, index, other.frames_NFHWC)
+        self.codes_NFD.index_copy_(0, index, other.codes_NFD)
+        self.hidden_NF[index_R] = other.hidden_NF
 
     def reseed(self, seed_N: NDArray[np.int64]) -> Rows:
         """The same situations with other random numbers ahead."""
@@ -109,7 +116,8 @@ class LearnedWorld:
     Args:
         checkpoint: loaded; its weights are shared, and its device is the world's.
         domain: name of the domain; needed where the checkpoint has several.
-        judge: a judge, or the name of a registered one; None takes the checkpoint's own, if it has one.
+        judge: a judge, or the name of a registered one; ``classifier`` and ``feature`` are the checkpoint's own. None
+            takes its classifier, if it has one.
         temperature, decode_steps: sampling, in place of the checkpoint's own settings.
 
     Attributes:
@@ -118,18 +126,21 @@ class LearnedWorld:
         device: where the weights are.
         image_size: (H, W).
         action_size: A.
+        window: K, 1 without a judge.
+        frames_for_judge: how many frames must be decoded for a verdict: none for a judge of tokens.
 
     Raises:
         InvalidArgument: no domain named where there are several.
         UnknownName: no such domain or judge.
-        CheckpointError: a start bank that does not fit the model.
+        CheckpointError: a start bank that does not fit the model, or a checkpoint without the judge of its own that is
+            named.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         domain: str | None = None,
-        judge: Judge | str | None = None,
+        judge: Judge | TokenJudge | str | None = None,
         temperature: float | None = None,
         decode_steps: int | None = None,
     ) -> None:
@@ -141,13 +152,15 @@ class LearnedWorld:
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
         self.dynamics = _with_sampling(checkpoint.dynamics, temperature, decode_steps)
-        self.judge: Judge | None = checkpoint.judge if judge is None else get_judge(judge)
+        self.judge: Judge | TokenJudge | None = checkpoint.judge if judge is None else _judge_of(checkpoint, judge)
         self._domain_index = 0 if domain is None else self.dynamics.domain_index(domain)
         self.domain = self.dynamics.domains[self._domain_index]
         self.device = self.dynamics.position_embedding.device
         self.image_size = self.tokenizer.image_size
         self.action_size = self.domain.action_dim * self.domain.stride
         self.window = 1 if self.judge is None else self.judge.window
+        self.frames_for_judge = self.judge.window if isinstance(self.judge, Judge) else 0
+        self._code_size = self.judge.code_size if isinstance(self.judge, FrameCoder) else 0
         self.bank = bank = checkpoint.starts.of_domain(self._domain_index)
         if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
             raise CheckpointError(
@@ -161,6 +174,7 @@ class LearnedWorld:
             self._bank_tokens = torch.cat(
                 [self.tokenizer.encode(part) for part in self._bank_frames.split(_ENCODE_BATCH)]
             )
+            self._bank_codes = torch.cat([self._codes(part) for part in self._bank_frames.split(_ENCODE_BATCH)])
 
     def nearest_start(self, frame_HWC: NDArray[np.uint8]) -> int:
         """Index of the bank's frame with the least squared pixel difference."""
@@ -177,6 +191,7 @@ class LearnedWorld:
         return self._rows(
             self._bank_frames.index_select(0, index),
             self._bank_tokens.index_select(0, index),
+            self._bank_codes.index_select(0, index),
             self._bank_agent_pos.index_select(0, index),
             seed_R,
         )
@@ -186,18 +201,22 @@ class LearnedWorld:
         R = len(seed_R)
         frames_RT = torch.from_numpy(np.array(context.frames_RTHWC)).to(self.device)
         # One at a time: a frame's tokens must not depend, to the last bit, on how many come with it.
-        tokens = torch.cat([self.tokenizer.encode(frame[None]) for frame in frames_RT.flatten(0, 1)])
-        tokens_RT = tokens.unflatten(0, frames_RT.shape[:2])
-        tokens_RT, frames_RT, agent_pos, actions = (
+        singles = frames_RT.flatten(0, 1).split(1)
+        tokens_RT, codes_RTD = (
+            torch.cat([read(frame) for frame in singles]).unflatten(0, frames_RT.shape[:2])
+            for read in (self.tokenizer.encode, self._codes)
+        )
+        tokens_RT, codes_RTD, frames_RT, agent_pos, actions = (
             x.expand(R, *x.shape[1:]).contiguous()
             for x in (
                 tokens_RT,
+                codes_RTD,
                 frames_RT,
                 torch.from_numpy(np.array(context.agent_pos_RTP)).to(self.device),
                 torch.from_numpy(np.array(context.actions_RTA)).to(self.device),
             )
         )
-        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], agent_pos[:, 0], seed_R)
+        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], codes_RTD[:, 0], agent_pos[:, 0], seed_R)
         for t in range(1, frames_RT.shape[1]):
             given = self._pad(agent_pos[:, t], self.dynamics.state_size) if agent_pos.shape[1] > 1 else None
             rollout = self.dynamics.observe(
@@ -206,8 +225,9 @@ class LearnedWorld:
             rows = Rows(
                 rollout,
                 torch.cat((rows.tokens_NK[:, 1:], tokens_RT[:, t, None]), dim=1),
-                torch.cat((rows.frames_NKHWC[:, 1:], frames_RT[:, t, None]), dim=1),
-                rows.hidden_NK,
+                torch.cat((rows.frames_NFHWC[:, 1:], frames_RT[:, t, None]), dim=1),
+                torch.cat((rows.codes_NFD[:, 1:], codes_RTD[:, t, None]), dim=1),
+                rows.hidden_NF,
             )
         return rows
 
@@ -225,60 +245,84 @@ class LearnedWorld:
         after = Rows(
             refreshed(rollout, self.tokenizer, self.dynamics.config.refresh),
             torch.cat((rows.tokens_NK[:, 1:], out.tokens[:, None]), dim=1),
-            torch.cat((rows.frames_NKHWC[:, 1:], rows.frames_NKHWC[:, -1:]), dim=1),
-            np.concatenate((rows.hidden_NK[:, 1:], np.ones_like(rows.hidden_NK[:, :1])), axis=1),
+            torch.cat((rows.frames_NFHWC[:, 1:], rows.frames_NFHWC[:, -1:]), dim=1),
+            torch.cat((rows.codes_NFD[:, 1:], rows.codes_NFD[:, -1:]), dim=1),
+            np.concatenate((rows.hidden_NF[:, 1:], np.ones_like(rows.hidden_NF[:, :1])), axis=1),
         )
         if kept is not None:
             after.put(frozen, kept)
         return after
 
     def see(self, rows: Rows, last: int) -> Rows:
-        """Decode what is hidden of the ``last`` frames. Gives up ``rows``: their memory is used again."""
-        hidden_NK = rows.hidden_NK.copy()
-        for slot in range(self.window - last, self.window):
-            column_N = hidden_NK[:, slot]
+        """Decode what is hidden of the ``last`` frames, at most F. Gives up ``rows``: their memory is used again."""
+        hidden_NF = rows.hidden_NF.copy()
+        for back in range(last, 0, -1):
+            column_N = hidden_NF[:, -back]
             if not column_N.any():
                 continue
-            decoded = self.tokenizer.decode(rows.tokens_NK[:, slot])
-            if column_N.all():
-                rows.frames_NKHWC[:, slot] = decoded
-            else:
-                mask = torch.from_numpy(column_N).to(self.device)[:, None, None, None]
-                rows.frames_NKHWC[:, slot] = torch.where(mask, decoded, rows.frames_NKHWC[:, slot])
-            hidden_NK[:, slot] = False
-        return dataclasses.replace(rows, hidden_NK=hidden_NK)
+            decoded = self.tokenizer.decode(rows.tokens_NK[:, -back])
+            noted = self._codes(decoded)
+            for kept, new in ((rows.frames_NFHWC, decoded), (rows.codes_NFD, noted)):
+                if not column_N.all():
+                    mask = torch.from_numpy(column_N).to(self.device).view(-1, *(1,) * (new.ndim - 1))
+                    new = torch.where(mask, new, kept[:, -back])
+                kept[:, -back] = new
+            hidden_NF[:, -back] = False
+        return dataclasses.replace(rows, hidden_NF=hidden_NF)
 
     def judged(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
-        """The judge on windows that were seen: infos by name, (N,) each, and the verdict (N,) bool.
+        """The judge on windows of which ``frames_for_judge`` frames were seen: infos by name, (N,) each, and the
+        verdict (N,) bool.
 
         Raises:
             InvalidArgument: the judge gave something else than one probability for each row.
         """
-        if self.judge is None:
+        judge = self.judge
+        if judge is None:
             return {}, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        probability_N = self.judge.probability(rows.frames_NKHWC).to(self.device)
+        if isinstance(judge, TokenJudge):
+            probability_N = judge.probability_of_tokens(rows.tokens_NK)
+        elif isinstance(judge, FrameCoder):
+            probability_N = judge.probability_of_codes(rows.codes_NFD)
+        else:
+            probability_N = judge.probability(rows.frames_NFHWC)
+        probability_N = probability_N.to(self.device)
         if probability_N.shape != (len(rows),):
             raise InvalidArgument(
-                f"judge {self.judge.name!r} must give one probability for each of {len(rows)} rows, got shape "
+                f"judge {judge.name!r} must give one probability for each of {len(rows)} rows, got shape "
                 f"{tuple(probability_N.shape)}."
             )
-        verdict_N = probability_N >= self.judge.threshold
+        verdict_N = probability_N >= judge.threshold
         return {"is_success": verdict_N, "success_probability": probability_N}, verdict_N
+
+    def _codes(self, frames_BHWC: Tensor) -> Tensor:
+        """What the judge notes of each frame, (B, D)."""
+        if isinstance(self.judge, FrameCoder):
+            return self.judge.code(frames_BHWC).to(self.device)
+        return torch.zeros(len(frames_BHWC), 0, device=self.device)
 
     def agent_pos(self, rows: Rows) -> Tensor:
         """(N, P) in its own units."""
         return rows.rollout.agent_pos_BP[:, : self.domain.state_dim]
 
-    def _rows(self, frames_RHWC: Tensor, tokens_R: Tensor, agent_pos_RP: Tensor, seed_R: NDArray[np.int64]) -> Rows:
-        R, K = len(seed_R), self.window
+    def _rows(
+        self,
+        frames_RHWC: Tensor,
+        tokens_R: Tensor,
+        codes_RD: Tensor,
+        agent_pos_RP: Tensor,
+        seed_R: NDArray[np.int64],
+    ) -> Rows:
+        R, kept = len(seed_R), max(self.frames_for_judge, 1)
         domain = torch.full((R,), self._domain_index, dtype=torch.int64, device=self.device)
         agent_pos = self._pad(agent_pos_RP, self.dynamics.state_size).contiguous()
         tokens_R = tokens_R.contiguous()
         return Rows(
             self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain),
-            tokens_R[:, None].repeat_interleave(K, dim=1),
-            frames_RHWC[:, None].repeat_interleave(K, dim=1),
-            np.zeros((R, K), dtype=bool),
+            tokens_R[:, None].repeat_interleave(self.window, dim=1),
+            frames_RHWC[:, None].repeat_interleave(kept, dim=1),
+            codes_RD[:, None].repeat_interleave(kept, dim=1),
+            np.zeros((R, kept), dtype=bool),
         )
 
     def _pad(self, x: Tensor, size: int) -> Tensor:
@@ -286,11 +330,28 @@ class LearnedWorld:
         return torch.nn.functional.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
+def _judge_of(checkpoint: Checkpoint, judge: Judge | TokenJudge | str) -> Judge | TokenJudge:
+    """A judge given, one of the checkpoint's own by name, or one that is registered."""
+    own: dict[str, ClassifierJudge | FeatureJudge | None] = {
+        "classifier": checkpoint.judge,
+        "feature": checkpoint.feature_judge,
+    }
+    if not isinstance(judge, str) or judge not in own:
+        return get_step_judge(judge)
+    found = own[judge]
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r} has no {judge} judge; train one (hma-gym train judge, hma-gym train "
+            "feature-judge) and put it into the checkpoint, or choose another judge."
+        )
+    return found
+
+
 def load_world(
     task: str | None,
     checkpoint: str | Path | Checkpoint | LearnedWorld | None,
     domain: str | None,
-    judge: Judge | str | None,
+    judge: Judge | TokenJudge | str | None,
     temperature: float | None,
     decode_steps: int | None,
     device: str | torch.device | None,

@@ -86,6 +86,12 @@ COMMANDS: dict[str, Command] = {
     "train judge": Command(
         "train the judge of success on a dataset", "hma_gym.training.judge", "JudgeTrainConfig", "train_judge"
     ),
+    "train feature-judge": Command(
+        "train the judge that reads tokens and needs no pixels",
+        "hma_gym.training.feature_judge",
+        "FeatureTrainConfig",
+        "train_feature_judge",
+    ),
     "evaluate": Command(
         "play policies in the learned world and in ground truth from the same starts, and report how they compare",
         "hma_gym.evaluation.policies",

@@ -1,7 +1,7 @@
 """A checkpoint on disk: one folder that holds all that an environment needs.
 
     config.json             schema version, domains, configurations, provenance, sha256 of every other file
-    tokenizer.safetensors   dynamics.safetensors   judge.safetensors   starts.safetensors
+    tokenizer.safetensors   dynamics.safetensors   judge.safetensors   feature_judge.safetensors   starts.safetensors
     README.md               the model card
 
 Loaded by name (shipped with the package), by path, or by hub id; strict: anything missing, extra, changed or newer is
@@ -35,6 +35,7 @@ from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.errors import CheckpointError, HMAError, StorageError
 from hma_gym.extras import require
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
+from hma_gym.judges.feature import FeatureConfig, FeatureJudge
 from hma_gym.nn.parameters import misfits
 from hma_gym.tokenizers import build_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
@@ -100,6 +101,7 @@ class Checkpoint:
         task: key of the task in :data:`hma_gym.envs.tasks.TASKS`, "" for a user's own robot.
         tokenizer, dynamics: in evaluation mode on one device.
         judge: the success classifier, or None.
+        feature_judge: the judge that reads tokens, or None.
         starts: real first frames.
         provenance: how it was trained, as JSON values.
         digest: sha256 of ``config.json``, which names the hashes of all files; "" before it is saved.
@@ -113,6 +115,7 @@ class Checkpoint:
     starts: StartBank
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    feature_judge: FeatureJudge | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.kind != self.dynamics.head.kind:
@@ -126,9 +129,13 @@ class Checkpoint:
         """The first domain; the only one in most checkpoints."""
         return self.dynamics.domains[0]
 
+    def judges(self) -> dict[str, ClassifierJudge | FeatureJudge | None]:
+        """The judges by the names of their files."""
+        return {"judge": self.judge, "feature_judge": self.feature_judge}
+
     def to(self, device: torch.device | str) -> Checkpoint:
         """Move the weights, in place, and return self."""
-        for module in (self.tokenizer, self.dynamics, self.judge):
+        for module in (self.tokenizer, self.dynamics, *self.judges().values()):
             if isinstance(module, nn.Module):
                 module.to(device)
         return self
@@ -185,8 +192,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, half: bool = 
     try:
         save_file(_weights(checkpoint.tokenizer, half), work / "tokenizer.safetensors")
         save_file(_weights(checkpoint.dynamics, half), work / "dynamics.safetensors")
-        if checkpoint.judge is not None:
-            save_file(_weights(checkpoint.judge, half), work / "judge.safetensors")
+        for name, judge in checkpoint.judges().items():
+            if judge is not None:
+                save_file(_weights(judge, half), work / f"{name}.safetensors")
         starts = {f.name: torch.from_numpy(getattr(checkpoint.starts, f.name)) for f in dataclasses.fields(StartBank)}
         save_file({name: tensor.contiguous() for name, tensor in starts.items()}, work / "starts.safetensors")
         config = {
@@ -197,7 +205,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, half: bool = 
             "domains": [domain.to_dict() for domain in checkpoint.dynamics.domains],
             "tokenizer": checkpoint.tokenizer.config.to_dict(),
             "dynamics": checkpoint.dynamics.config.to_dict(),
-            "judge": None if checkpoint.judge is None else checkpoint.judge.config.to_dict(),
+            **{name: None if judge is None else judge.config.to_dict() for name, judge in checkpoint.judges().items()},
             "files": {path.name: _sha256(path) for path in sorted(work.glob("*.safetensors"))},
             "provenance": dict(checkpoint.provenance),
         }
@@ -231,7 +239,8 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
     missing = {"domains", "tokenizer", "dynamics", "judge", "files", "name", "task", "provenance"} - set(config)
     if missing:
         raise CheckpointError(f"{folder / 'config.json'} lacks the keys {sorted(missing)}; fetch the checkpoint again.")
-    parts = ("tokenizer", "dynamics", "starts", *(("judge",) if config["judge"] else ()))
+    judges = [name for name in ("judge", "feature_judge") if config.get(name)]  # older ones have no feature judge
+    parts = ("tokenizer", "dynamics", "starts", *judges)
     needed = {f"{part}.safetensors" for part in parts}
     if not isinstance(config["files"], dict) or set(config["files"]) != needed:
         raise CheckpointError(
@@ -251,14 +260,17 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
         domains = [Domain.from_dict(fields) for fields in config["domains"]]
         tokenizer = build_tokenizer(config["tokenizer"])
         dynamics = Dynamics(DynamicsConfig.from_dict(config["dynamics"]), domains)
-        judge = ClassifierJudge(ClassifierConfig.from_dict(config["judge"])) if config["judge"] else None
+        judge = ClassifierJudge(ClassifierConfig.from_dict(config["judge"])) if "judge" in judges else None
+        feature_judge = None
+        if "feature_judge" in judges:
+            feature_judge = FeatureJudge(FeatureConfig.from_dict(config["feature_judge"]))
     except CheckpointError:
         raise
     except (HMAError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no model of this version: {error}") from error
     modules: list[tuple[str, nn.Module]] = [("tokenizer", tokenizer), ("dynamics", dynamics)]
-    if judge is not None:
-        modules.append(("judge", judge))
+    found = {"judge": judge, "feature_judge": feature_judge}
+    modules += [(name, module) for name, module in found.items() if module is not None]
     for name, module in modules:
         _load_weights(module, _read_tensors(folder / f"{name}.safetensors"), folder / f"{name}.safetensors")
         module.eval().requires_grad_(False)
@@ -272,6 +284,7 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
         tokenizer=tokenizer,
         dynamics=dynamics,
         judge=judge,
+        feature_judge=feature_judge,
         starts=StartBank(**{name: tensor.numpy() for name, tensor in starts.items()}),
         provenance=config["provenance"],
         digest=digest,

@@ -35,5 +35,6 @@ def with_precision(checkpoint: Checkpoint, precision: Precision) -> Checkpoint:
         tokenizer=in_precision(checkpoint.tokenizer, precision),
         dynamics=in_precision(checkpoint.dynamics, precision),
         judge=None if checkpoint.judge is None else in_precision(checkpoint.judge, precision),
+        feature_judge=None if checkpoint.feature_judge is None else in_precision(checkpoint.feature_judge, precision),
         provenance={**checkpoint.provenance, "precision": precision},
     )

@@ -5,7 +5,8 @@ for the whole batch) and whole-episode (:func:`episode_probabilities`, every row
 the state of the current frame (cube lifted now), so the outcome of an episode is the verdict at its last frame.
 
 An :class:`EpisodeJudge` needs the whole video (as a question about an episode does): it gives outcomes, and cannot
-serve an environment step by step. Every :class:`Judge` is one too, through :class:`AtLastRow`.
+serve an environment step by step. Every :class:`Judge` is one too, through :class:`AtLastRow`. A :class:`TokenJudge`
+reads a learned world's tokens and no pixels.
 
 Shape legend: B batch, T rows of an episode, K window of last frames, H W C image.
 """
@@ -54,6 +55,53 @@ class Locator(Judge, Protocol):
 
     def position(self, frames_BKHWC: Tensor) -> Tensor:
         """(B, K, H, W, C) uint8 to the object's position in the last frame: (B, 3) float32 metres, world frame."""
+        ...
+
+
+@runtime_checkable
+class FrameCoder(Judge, Protocol):
+    """A judge that reads each frame by itself first, so that an environment can let it read each frame only once.
+
+    Attributes:
+        code_size: D, numbers of a frame's code.
+    """
+
+    @property
+    def code_size(self) -> int: ...
+
+    def code(self, frames_BHWC: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8, each alone, to codes (B, D) float32."""
+        ...
+
+    def probability_of_codes(self, codes_BKD: Tensor) -> Tensor:
+        """What ``probability`` says of the frames that have these codes: (B, K, D), oldest first, to (B,) float32."""
+        ...
+
+
+@runtime_checkable
+class TokenJudge(Protocol):
+    """A success detector that reads a world's tokens, so that no frame need be decoded for it.
+
+    Attributes:
+        name: for reports.
+        window: K, how many last frames it reads (1 or more).
+        threshold: the verdict is ``probability >= threshold``.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def threshold(self) -> float: ...
+
+    def probability_of_tokens(self, tokens_BK: Tensor) -> Tensor:
+        """Tokens of the last frames, (B, K, S, C) float or (B, K, S) int64, oldest first, to (B,) float32 in [0, 1].
+
+        At the start of an episode the first frame is repeated to fill the window.
+        """
         ...
 
 

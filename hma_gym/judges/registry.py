@@ -15,14 +15,14 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from hma_gym.errors import InvalidArgument, UnknownName
-from hma_gym.judges.protocol import AtLastRow, EpisodeJudge, Judge
+from hma_gym.judges.protocol import AtLastRow, EpisodeJudge, Judge, TokenJudge
 
 ENTRY_POINT_GROUP = "hma_gym.judges"
 
-_factories: dict[str, Callable[[], Judge | EpisodeJudge]] = {}
+_factories: dict[str, Callable[[], Judge | TokenJudge | EpisodeJudge]] = {}
 
 
-def register_judge(name: str, factory: Callable[[], Judge | EpisodeJudge]) -> None:
+def register_judge(name: str, factory: Callable[[], Judge | TokenJudge | EpisodeJudge]) -> None:
     """Offer a judge under a name in this process; a name already taken here raises :class:`InvalidArgument`."""
     if name in _factories:
         raise InvalidArgument(f"judge name {name!r} is already registered; choose another name.")
@@ -55,6 +55,12 @@ def get_judge(judge: str | Judge) -> Judge:
     )
 
 
+def get_step_judge(judge: str | Judge | TokenJudge) -> Judge | TokenJudge:
+    """As :func:`get_judge`, and judges that read tokens too: for learned worlds, which have both."""
+    made, _ = _make(judge)
+    return made if isinstance(made, TokenJudge) else get_judge(judge)
+
+
 def get_episode_judge(judge: str | Judge | EpisodeJudge) -> EpisodeJudge:
     """A judge of whole episodes, given or registered under that name; a streaming one is asked at the last row.
 
@@ -73,7 +79,7 @@ def get_episode_judge(judge: str | Judge | EpisodeJudge) -> EpisodeJudge:
     )
 
 
-def _make(judge: str | Judge | EpisodeJudge) -> tuple[object, str]:
+def _make(judge: str | Judge | TokenJudge | EpisodeJudge) -> tuple[object, str]:
     """What was given or made under that name, and how to call it in an error."""
     if not isinstance(judge, str):
         return judge, "judge"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,13 @@ def success_by_row(episode: Episode) -> NDArray[np.bool_]:
 
     ``rewards_T[t]`` speaks of the state after ``actions_TA[t]``, so it labels row t + 1; nothing is done at row 0.
     """
-    success = np.zeros(len(episode), dtype=np.bool_)
-    success[1:] = episode.rewards_T[:-1] > 0
+    return success_after(episode.rewards_T)
+
+
+def success_after(rewards_T: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """:func:`success_by_row` from an episode's rewards alone."""
+    success = np.zeros(len(rewards_T), dtype=np.bool_)
+    success[1:] = rewards_T[:-1] > 0
     return success
 
 
@@ -36,39 +42,69 @@ def object_by_row(episode: Episode) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class LabelledRows:
-    """Rows of N episodes end to end.
+class RowLabels:
+    """What is known of the rows of N episodes end to end.
 
     Attributes:
-        frames_FHWC: uint8.
         success_F: whether the task is done in this frame.
         position_F3: where the object is (m), NaN where unknown.
         first_F: the first row of each row's own episode, so that a window never reaches into another one.
         last_N: the last row of each episode.
     """
 
-    frames_FHWC: NDArray[np.uint8]
     success_F: NDArray[np.bool_]
     position_F3: NDArray[np.float32]
     first_F: NDArray[np.int64]
     last_N: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.success_F)
 
     def windows(self, rows_B: NDArray[np.int64], window: int) -> NDArray[np.int64]:
         """Indices (B, window) of the last ``window`` rows up to each given row; an episode's first row repeats."""
         back_K = np.arange(1 - window, 1)
         return np.maximum(rows_B[:, None] + back_K, self.first_F[rows_B][:, None])
 
+    def near(self, height: float | None, reach: float = 0.03) -> NDArray[np.int64]:
+        """Rows whose object is within ``reach`` of a height (m), where the errors are.
+
+        Without heights, those with success: success and failure in equal parts is the next best balance.
+        """
+        near_F = np.zeros(len(self), dtype=bool)
+        if height is not None:
+            near_F = np.abs(np.nan_to_num(self.position_F3[:, 2], nan=np.inf) - height) < reach
+        return np.flatnonzero(near_F if near_F.any() else self.success_F)
+
+
+@dataclass(frozen=True)
+class LabelledRows(RowLabels):
+    """Rows with their frames. ``frames_FHWC``: uint8."""
+
+    frames_FHWC: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TokenRows(RowLabels):
+    """Rows with their frames' tokens. ``tokens_F``: (F, S, C) floating or (F, S) integers."""
+
+    tokens_F: NDArray[Any]
+
 
 def label_rows(episodes: Sequence[Episode]) -> LabelledRows:
     """Put episodes end to end. Raises :class:`DatasetError` when there is none."""
     if not episodes:
         raise DatasetError("no episode to label; choose at least one.")
-    lengths = np.array([len(episode) for episode in episodes])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    first_F, last_N = bounds_of(np.array([len(episode) for episode in episodes]))
     return LabelledRows(
         frames_FHWC=np.concatenate([episode.images_THWC for episode in episodes]),
         success_F=np.concatenate([success_by_row(episode) for episode in episodes]),
         position_F3=np.concatenate([object_by_row(episode) for episode in episodes]),
-        first_F=np.repeat(starts[:-1], lengths),
-        last_N=starts[1:] - 1,
+        first_F=first_F,
+        last_N=last_N,
     )
+
+
+def bounds_of(lengths_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``first_F`` and ``last_N`` of episodes of these lengths, end to end."""
+    starts = np.concatenate([[0], np.cumsum(lengths_N)])
+    return np.repeat(starts[:-1], lengths_N), starts[1:] - 1

@@ -31,7 +31,8 @@ from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.judges.augment import augment, fade_red
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, load_judge, save_judge
-from hma_gym.judges.rows import LabelledRows, label_rows
+from hma_gym.judges.rows import LabelledRows, RowLabels, label_rows
+from hma_gym.judges.trained import JudgeT, TrainedJudge
 from hma_gym.metrics.calibration import BinaryReport, binary_report
 from hma_gym.metrics.video import background_image
 from hma_gym.tokenizers.files import load_tokenizer
@@ -106,22 +107,58 @@ class JudgeTrainConfig:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a calibrated judge says of labelled rows.
+
+    Attributes:
+        frames: the report over all rows.
+        outcomes: the report over the episodes' last rows.
+        position_error_m: median distance of the predicted from the true object position over those rows, metres.
+        position_error_p95_m: its 95th percentile.
+    """
+
+    frames: BinaryReport
+    outcomes: BinaryReport
+    position_error_m: float
+    position_error_p95_m: float
+
+
+@dataclass(frozen=True)
 class JudgeTrainResult:
     """What came out.
 
     Attributes:
         judge: calibrated, in eval mode.
         folder: where its files are.
-        frames: the report over all rows of the test split.
-        outcomes: the report over the last rows of the test split's episodes.
-        position_error_m: median distance of the predicted from the true object position over those rows, metres.
+        measured: on the test split.
     """
 
     judge: ClassifierJudge
     folder: Path
-    frames: BinaryReport
-    outcomes: BinaryReport
-    position_error_m: float
+    measured: Measured
+
+
+def judge_loss(
+    judge: TrainedJudge, said: tuple[Tensor, Tensor], success_B: Tensor, place_B3: Tensor, position_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the verdict plus the Huber loss of the standardised position where it is known.
+
+    Args:
+        judge: whose statistics standardise the position.
+        said: its logit (B,) and standardised position (B, 3).
+        success_B: 1.0 or 0.0.
+        place_B3: metres, NaN where unknown.
+        position_weight: of the second loss.
+    """
+    logit_B, position_B3 = said[0].float(), said[1].float()
+    verdict_loss = F.binary_cross_entropy_with_logits(logit_B, success_B)
+    target_B3 = (place_B3 - judge.position_mean) / judge.position_std
+    known_B3 = torch.isfinite(target_B3)
+    distance_B3 = F.smooth_l1_loss(position_B3, target_B3.nan_to_num(), beta=0.1, reduction="none")
+    position_loss = (distance_B3 * known_B3).sum() / known_B3.sum().clamp_min(1)
+    accuracy = ((logit_B > 0) == (success_B > 0.5)).float().mean()
+    metrics = {"verdict": verdict_loss.detach(), "position": position_loss.detach(), "accuracy": accuracy}
+    return verdict_loss + position_weight * position_loss, metrics
 
 
 class JudgeTraining(nn.Module):
@@ -141,7 +178,7 @@ class JudgeTraining(nn.Module):
         self.background_CHW: Tensor | None
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the verdict plus the Huber loss of the standardised position where it is known."""
+        """:func:`judge_loss` on damaged frames."""
         frames_BKCHW = batch["frames_BKHWC"].permute(0, 1, 4, 2, 3).float() * (2 / 255) - 1
         success_B, place_B3 = batch["success_B"].float(), batch["position_B3"]
         with torch.autocast(frames_BKCHW.device.type, enabled=False):
@@ -150,16 +187,7 @@ class JudgeTraining(nn.Module):
                 success_B = success_B.masked_fill(gone_B, 0.0)
                 place_B3 = place_B3.masked_fill(gone_B[:, None], float("nan"))
             damaged_BKCHW = augment(frames_BKCHW, generator)
-        logit_B, position_B3 = self.judge(damaged_BKCHW)
-        logit_B, position_B3 = logit_B.float(), position_B3.float()
-        verdict_loss = F.binary_cross_entropy_with_logits(logit_B, success_B)
-        target_B3 = (place_B3 - self.judge.position_mean) / self.judge.position_std
-        known_B3 = torch.isfinite(target_B3)
-        distance_B3 = F.smooth_l1_loss(position_B3, target_B3.nan_to_num(), beta=0.1, reduction="none")
-        position_loss = (distance_B3 * known_B3).sum() / known_B3.sum().clamp_min(1)
-        accuracy = ((logit_B > 0) == (success_B > 0.5)).float().mean()
-        metrics = {"verdict": verdict_loss.detach(), "position": position_loss.detach(), "accuracy": accuracy}
-        return verdict_loss + self.position_weight * position_loss, metrics
+        return judge_loss(self.judge, self.judge(damaged_BKCHW), success_B, place_B3, self.position_weight)
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Every weight, the usual way."""
@@ -173,14 +201,7 @@ class JudgeBatches:
         self, rows: LabelledRows, config: JudgeTrainConfig, roundtrip_FHWC: NDArray[np.uint8] | None = None
     ) -> None:
         self.rows, self.config, self.roundtrip_FHWC = rows, config, roundtrip_FHWC
-        height_F = rows.position_F3[:, 2]
-        near = np.zeros(len(height_F), dtype=bool)
-        if config.decision_height is not None:
-            near = np.abs(np.nan_to_num(height_F, nan=np.inf) - config.decision_height) < 0.03
-        # Without heights, success and failure in equal parts is the next best balance.
-        if not near.any():
-            near = rows.success_F
-        self.near_rows = np.flatnonzero(near)
+        self.near_rows = rows.near(config.decision_height)
 
     def batch(self, step: int) -> Mapping[str, Tensor]:
         """``frames_BKHWC`` uint8, ``success_B`` bool, ``position_B3`` float32 (m)."""
@@ -317,24 +338,31 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     )
     result = train(model, JudgeBatches(train_rows, config, coded), loop, _Accuracy(valid_rows, config.seed))
     with result.ema.applied_to(model):
-        raw = model.judge.calibrated(1.0, 0.5)
-        # Rounded to what is stored, so that the report is the shipped judge's.
-        raw.load_state_dict({key: value.half().float() for key, value in raw.state_dict().items()}, assign=True)
-    valid_B = np.arange(len(valid_rows.success_F), dtype=np.int64)
-    probability, _ = score_rows(raw, valid_rows, valid_B)
-    clipped = np.clip(probability, 1e-7, 1 - 1e-7)
-    logit = np.log(clipped) - np.log1p(-clipped)
-    temperature = fit_temperature(logit, valid_rows.success_F)
-    threshold = fit_threshold(1 / (1 + np.exp(-logit / temperature)), valid_rows.success_F)
-    judge = raw.calibrated(temperature, threshold)
-    measured = _measure(judge, test_rows, config.out)
+        raw = as_stored(model.judge)
+    valid_B = np.arange(len(valid_rows), dtype=np.int64)
+    judge = calibrate(raw, score_rows(raw, valid_rows, valid_B)[0], valid_rows.success_F)
+    test_B = np.arange(len(test_rows), dtype=np.int64)
+    measured = measure(judge, *score_rows(judge, test_rows, test_B), test_rows)
+    folder = save_judge(judge, config.out)
+    write_report(judge, measured, folder, "report.json")
     if config.progress:
-        print(
-            f"judge: {measured.outcomes.accuracy:.1%} of {measured.outcomes.count} held-out outcomes right, Brier "
-            f"{measured.frames.brier:.4f} over frames, object within {measured.position_error_m * 100:.1f} cm "
-            f"(median); written to {measured.folder}"
-        )
-    return measured
+        print(summary(measured, folder))
+    return JudgeTrainResult(judge, folder, measured)
+
+
+def as_stored(judge: JudgeT) -> JudgeT:
+    """Uncalibrated, and rounded to what is stored, so that reports are the shipped judge's."""
+    raw = judge.calibrated(1.0, 0.5)
+    raw.load_state_dict({key: value.half().float() for key, value in raw.state_dict().items()}, assign=True)
+    return raw
+
+
+def calibrate(raw: JudgeT, probability_F: NDArray[np.float64], success_F: NDArray[np.bool_]) -> JudgeT:
+    """The judge with the temperature and the threshold that suit what it said uncalibrated, and the truth."""
+    clipped = np.clip(probability_F, 1e-7, 1 - 1e-7)
+    logit = np.log(clipped) - np.log1p(-clipped)
+    temperature = fit_temperature(logit, success_F)
+    return raw.calibrated(temperature, fit_threshold(1 / (1 + np.exp(-logit / temperature)), success_F))
 
 
 def _fresh_judge(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierJudge:
@@ -366,22 +394,41 @@ def _shape(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierConfig:
     return dataclasses.replace(shape, position_mean=(x, y, z), position_std=(dx, dy, dz))
 
 
-def _measure(judge: ClassifierJudge, rows: LabelledRows, out: Path) -> JudgeTrainResult:
-    everywhere = np.arange(len(rows.success_F), dtype=np.int64)
-    probability, position = score_rows(judge, rows, everywhere)
-    frames = binary_report(probability, rows.success_F, judge.threshold)
-    outcomes = binary_report(probability[rows.last_N], rows.success_F[rows.last_N], judge.threshold)
-    distance = np.linalg.norm(position - rows.position_F3, axis=1)
-    known = distance[np.isfinite(distance)]
-    error = float(np.median(known)) if len(known) else float("nan")
-    folder = save_judge(judge, out)
+def measure(
+    judge: TrainedJudge, probability_F: NDArray[np.float64], position_F3: NDArray[np.float64], rows: RowLabels
+) -> Measured:
+    """Compare what a judge said of all rows with the truth."""
+    outcome_N = probability_F[rows.last_N]
+    distance_F = np.linalg.norm(position_F3 - rows.position_F3, axis=1)
+    known = distance_F[np.isfinite(distance_F)]
+    return Measured(
+        binary_report(probability_F, rows.success_F, judge.threshold),
+        binary_report(outcome_N, rows.success_F[rows.last_N], judge.threshold),
+        float(np.median(known)) if len(known) else float("nan"),
+        float(np.quantile(known, 0.95)) if len(known) else float("nan"),
+    )
+
+
+def write_report(judge: TrainedJudge, measured: Measured, folder: Path, name: str) -> None:
+    """``<folder>/<name>``: the calibration and all that was measured, as JSON."""
+    error = (measured.position_error_m, measured.position_error_p95_m)
     report = {
-        "episodes": len(rows.last_N),
-        "temperature": judge.config.temperature,
+        "episodes": measured.outcomes.count,
+        "temperature": judge.calibration.temperature,
         "threshold": judge.threshold,
-        "frames": dataclasses.asdict(frames),
-        "outcomes": dataclasses.asdict(outcomes),
-        "position_error_m": {"median": error, "p95": float(np.quantile(known, 0.95)) if len(known) else None},
+        "frames": dataclasses.asdict(measured.frames),
+        "outcomes": dataclasses.asdict(measured.outcomes),
+        "position_error_m": {
+            key: value if np.isfinite(value) else None for key, value in zip(("median", "p95"), error, strict=True)
+        },
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return JudgeTrainResult(judge, folder, frames, outcomes, error)
+    (folder / name).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def summary(measured: Measured, folder: Path) -> str:
+    """One line for a person."""
+    return (
+        f"judge: {measured.outcomes.accuracy:.1%} of {measured.outcomes.count} held-out outcomes right, Brier "
+        f"{measured.frames.brier:.4f} over frames, object within {measured.position_error_m * 100:.1f} cm "
+        f"(median); written to {folder}"
+    )

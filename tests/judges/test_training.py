@@ -68,17 +68,17 @@ def test_batches_are_pure_and_show_the_boundary(toy_data: Path, tmp_path: Path) 
 
 def test_it_learns_and_is_stored_with_its_report(toy_data: Path, tmp_path: Path) -> None:
     result = train_judge(_config(toy_data, tmp_path))
-    assert result.frames.accuracy > 0.9
-    assert result.position_error_m < 0.02
+    assert result.measured.frames.accuracy > 0.9
+    assert result.measured.position_error_m < 0.02
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["frames"]["accuracy"] == result.frames.accuracy
+    assert report["frames"]["accuracy"] == result.measured.frames.accuracy
     again = load_judge(tmp_path)
     dataset = open_dataset(toy_data)
     episodes = [dataset[i] for i in dataset.split("test")]
     frames = torch.from_numpy(np.stack([episode.images_THWC for episode in episodes]))
     truth = torch.from_numpy(np.stack([success_by_row(episode) for episode in episodes]))
     agreement = (verdict(again, episode_probabilities(again, frames)) == truth).double().mean()
-    assert float(agreement) == pytest.approx(result.frames.accuracy)
+    assert float(agreement) == pytest.approx(result.measured.frames.accuracy)
     (tmp_path / "judge.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="hma-gym train judge"):
         load_judge(tmp_path)
@@ -100,7 +100,7 @@ def test_round_trips_enter_the_batches(toy_data: Path, tmp_path: Path) -> None:
     changed = (with_coded["frames_BKHWC"] != without["frames_BKHWC"]).flatten(1).any(dim=1)
     assert changed.any() and torch.equal(with_coded["success_B"], without["success_B"])
     result = train_judge(_config(toy_data, tmp_path / "run", steps=2, tokenizer=folder, roundtrip_episodes=3))
-    assert 0 <= result.frames.accuracy <= 1
+    assert 0 <= result.measured.frames.accuracy <= 1
 
 
 def test_data_without_success_is_refused(data_without_success: Path, tmp_path: Path) -> None:
