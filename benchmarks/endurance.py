@@ -1,4 +1,4 @@
-"""Endurance of a checkpoint: 500-step rollouts under random and recorded actions, checked and drawn on one sheet.
+"""Endurance of a checkpoint: 500-step rollouts under random, scripted and looped actions, checked, on one sheet.
 
     hma-gym bench endurance --checkpoint lift-64 --data data/lift64.hdf5
 
@@ -18,7 +18,9 @@ from hma_gym.benchmarks.fidelity import scene_frames
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.dynamics.checkpoint import load_checkpoint
 from hma_gym.evaluation.endurance import (
+    KINDS,
     EnduranceReport,
+    Kind,
     LongRollouts,
     long_rollouts,
     measure_endurance,
@@ -40,7 +42,8 @@ class EnduranceConfig:
     Attributes:
         data: robomimic file or ``.parts`` folder.
         checkpoint: name, folder or hub id.
-        rollouts: how many; half under random actions.
+        rollouts: how many; an equal share of each kind of actions.
+        kinds: of actions; scripts need a checkpoint of Lift that predicts where the cube is.
         rows: rows of the recorded episodes whose actions are looped.
         steps: length of each rollout.
         split: held-out split; None where the whole dataset was kept from training.
@@ -54,7 +57,8 @@ class EnduranceConfig:
 
     data: Path
     checkpoint: str = "lift-64"
-    rollouts: int = 20
+    rollouts: int = 21
+    kinds: tuple[Kind, ...] = KINDS
     rows: int = 64
     steps: int = 500
     split: str | None = "test"
@@ -81,8 +85,8 @@ def rollout_panels(rollouts: LongRollouts) -> list[Panel]:
     return panels
 
 
-def endurance(config: EnduranceConfig) -> EnduranceReport:
-    """Run the benchmark, write its files, print its figures."""
+def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
+    """Run the benchmark, write its files, print its figures; returns a report for each kind of actions."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = load_checkpoint(config.checkpoint, device=config.device)
@@ -90,31 +94,39 @@ def endurance(config: EnduranceConfig) -> EnduranceReport:
     held_out = load_held_out(dataset, split=config.split, episodes=config.rollouts, rows=config.rows, seed=config.seed)
     scene = scene_frames(dataset)
     background = background_image(scene)
-    rollouts = long_rollouts(checkpoint, held_out, steps=config.steps, seed=config.seed, progress=config.progress)
-    report = measure_endurance(
-        rollouts,
-        background_HWC=background,
-        static_HW=static_pixels(scene, background),
-        object_start_B3=held_out.object_BT3[:, 0],
+    rollouts = long_rollouts(
+        checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
+    reports: dict[str, EnduranceReport] = {}
+    for kind in config.kinds:
+        chosen = [n for n, name in enumerate(rollouts.names) if name.startswith(kind)]
+        if chosen:
+            reports[kind] = measure_endurance(
+                rollouts.of_kind(kind),
+                background_HWC=background,
+                static_HW=static_pixels(scene, background),
+                object_start_B3=held_out.object_BT3[chosen, 0],
+            )
     config.out.mkdir(parents=True, exist_ok=True)
     plain = {**asdict(config), "data": config.data.name, "out": config.out.name, "checkpoint": checkpoint.name}
     content = {
         "benchmark": "endurance",
         "provenance": provenance(device_of(checkpoint)),
         "config": plain,
-        "report": asdict(report),
+        "reports": {kind: asdict(report) for kind, report in reports.items()},
     }
     path = config.out / f"endurance_{config.name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     captions = [str(step) for step in rollout_sheet_columns(config.steps)]
     title = f"{config.steps}-step rollouts of {checkpoint.name}; column 0 is the real start"
     draw_sheet(rollout_panels(rollouts), captions, title=title, scale=1.0).save(path.with_suffix(".png"), optimize=True)
-    empty, single, several = report.cube_counts
-    print(
-        f"background drift {report.background_drift_db:+.2f} dB (worst {report.worst_background_drift_db:+.2f}); "
-        f"arm away in {report.clear_frames} checked frames: no cube {empty}, one {single}, more {several}; "
-        f"cube area {report.cube_area_start:.0f} px at the start, {report.cube_area_end:.0f} at the end"
-    )
+    for kind, report in reports.items():
+        empty, single, several = report.cube_counts
+        print(
+            f"{kind}: background drift {report.background_drift_db:+.2f} dB (worst "
+            f"{report.worst_background_drift_db:+.2f}); arm away in {report.clear_frames} checked frames: no cube "
+            f"{empty}, one {single}, more {several}; cube area {report.cube_area_start:.0f} px at the start, "
+            f"{report.cube_area_end:.0f} at the end"
+        )
     print(f"written: {path}")
-    return report
+    return reports

@@ -1,14 +1,19 @@
 """Long rollouts: does the learned world stay plausible far beyond what it was trained on?
 
-Hundreds of steps under random actions and under recorded ones, looped. There is no truth to compare with, so what can
-be checked without one is: the static background stays what it is, and there is one cube wherever the arm is away.
+Hundreds of steps under three kinds of actions: random ones; a script's, which acts on what the model predicts and
+begins another task whenever one is over; and recorded ones, looped, which after their first round fit nothing that is
+there and drive the arm out of what was recorded. There is no truth to compare with, so what can be checked without one
+is: the static background stays what it is, and there is one cube wherever the arm is away.
 
 Shape legend: B rollouts, T steps, R recorded rows, H W C image, A action dims, N checked steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +24,18 @@ from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.fidelity import random_actions, rollout_seeds
 from hma_gym.evaluation.held_out import HeldOut
-from hma_gym.evaluation.open_loop import Generated, generate
+from hma_gym.evaluation.open_loop import Generated, generate, generate_closed_loop
 from hma_gym.metrics.video import PEAK, PSNR_CAP, foreground_mask
+from hma_gym.policies.scripted import LiftScript, ScriptedConfig
+from hma_gym.policies.sighted import believed_state
 
 REFERENCE_STEP = 20
 """Drift is measured from here: the first frames are nearer to the real start than any long rollout can be."""
+
+Kind = Literal["random", "scripted", "recorded"]
+KINDS: tuple[Kind, ...] = ("random", "scripted", "recorded")
+
+SCRIPTED_MODES = ("expert", "near_miss", "drop", "push")
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,17 @@ class BlobSettings:
 
 @dataclass(frozen=True)
 class LongRollouts:
-    """Generated long videos. ``names`` tells the actions of each: "random" or "recorded NAME"."""
+    """Generated long videos. ``names`` tells the actions of each: "random", "scripted" or "recorded NAME"."""
 
     names: tuple[str, ...]
     start_frames_BHWC: Tensor
     generated: Generated
+
+    def of_kind(self, kind: str) -> LongRollouts:
+        """Those whose name begins so."""
+        chosen = [n for n, name in enumerate(self.names) if name.startswith(kind)]
+        generated = Generated(*(getattr(self.generated, f.name)[chosen] for f in dataclasses.fields(Generated)))
+        return LongRollouts(tuple(self.names[n] for n in chosen), self.start_frames_BHWC[chosen], generated)
 
 
 @dataclass(frozen=True)
@@ -85,33 +103,73 @@ def loop_actions(actions_RA: NDArray[np.float32], steps: int) -> NDArray[np.floa
     return np.tile(actions_RA, (repeats, 1))[:steps]
 
 
+class ScriptedActor:
+    """The scripts of Lift on what the model itself predicts: agent_pos and the cube's place.
+
+    Args:
+        object_start_BX: where the cube is at the start (m).
+        seed: of the scripts.
+        cycle: steps until a script gives way to the next.
+    """
+
+    def __init__(self, object_start_BX: NDArray[np.float32], seed: int, cycle: int = 64) -> None:
+        self.object_start_BX, self.seed, self.cycle = object_start_BX, seed, cycle
+        self.scripts: list[LiftScript] = []
+
+    def __call__(self, step: int, agent_pos_BP: Tensor, targets_BX: Tensor) -> Tensor:
+        """See :data:`hma_gym.evaluation.open_loop.Actor`."""
+        count = len(agent_pos_BP)
+        if step % self.cycle == 0:
+            self.scripts = [self._script(row, step // self.cycle) for row in range(count)]
+        seen_BX = targets_BX.numpy() if step else self.object_start_BX
+        upright = np.array([1.0, 0.0])  # a cube's yaw is not among the targets
+        actions = []
+        for script, place, pose in zip(self.scripts, seen_BX, agent_pos_BP.numpy(), strict=True):
+            belief = np.concatenate([place[:3], upright]).astype(np.float64)
+            actions.append(script.act(believed_state(belief, pose.astype(np.float64))))
+        return torch.from_numpy(np.stack(actions))
+
+    def _script(self, row: int, turn: int) -> LiftScript:
+        rng = np.random.default_rng([self.seed, row, turn])
+        mode = SCRIPTED_MODES[int(rng.integers(len(SCRIPTED_MODES)))]
+        return LiftScript(ScriptedConfig(mode=mode, competence=float(rng.uniform(0.5, 1.0))), rng)
+
+
 def long_rollouts(
     checkpoint: Checkpoint,
     held_out: HeldOut,
     *,
+    kinds: Sequence[Kind] = KINDS,
     steps: int = 500,
     batch: int = 32,
     seed: int = 0,
     progress: bool = True,
 ) -> LongRollouts:
-    """Roll each held-out start out: the first half under random actions, the others under their own, looped."""
-    count = len(held_out)
-    half = count // 2
-    wander = random_actions(checkpoint, (half, steps), seed)
-    scripted = [loop_actions(actions[:-1], steps) for actions in held_out.actions_BTA[half:]]
-    actions = np.concatenate([wander, np.stack(scripted)]) if half else np.stack(scripted)
-    start = torch.from_numpy(held_out.frames_BTHWC[:, 0])
-    generated = generate(
-        checkpoint,
-        start,
-        torch.from_numpy(held_out.agent_pos_BTP[:, 0]),
-        torch.from_numpy(actions),
-        rollout_seeds(count, seed),
-        batch=batch,
-        progress="long rollouts" if progress else None,
+    """Roll each held-out start out: an equal share of them, in order, under each kind of actions."""
+    parts, names = [], []
+    label = "long rollouts" if progress else None
+    seeds = rollout_seeds(len(held_out), seed)
+    for kind, rows in zip(kinds, np.array_split(np.arange(len(held_out)), len(kinds)), strict=True):
+        if not len(rows):
+            continue
+        start = torch.from_numpy(held_out.frames_BTHWC[rows, 0])
+        agent_pos = torch.from_numpy(held_out.agent_pos_BTP[rows, 0])
+        if kind == "scripted":
+            actor = ScriptedActor(held_out.object_BT3[rows, 0], seed)
+            made = generate_closed_loop(checkpoint, start, agent_pos, actor, steps, seeds[rows], progress=label)
+        else:
+            if kind == "random":
+                actions = random_actions(checkpoint, (len(rows), steps), seed)
+            else:
+                actions = np.stack([loop_actions(held_out.actions_BTA[row][:-1], steps) for row in rows])
+            chosen = torch.from_numpy(actions)
+            made = generate(checkpoint, start, agent_pos, chosen, seeds[rows], batch=batch, progress=label)
+        parts.append(made)
+        names += [f"recorded {held_out.names[row]}" if kind == "recorded" else kind for row in rows]
+    generated = Generated(
+        *(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Generated))
     )
-    names = (*("random",) * half, *(f"recorded {name}" for name in held_out.names[half:]))
-    return LongRollouts(names, start, generated)
+    return LongRollouts(tuple(names), torch.from_numpy(held_out.frames_BTHWC[:, 0]), generated)
 
 
 def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24) -> Tensor:

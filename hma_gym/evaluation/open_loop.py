@@ -1,10 +1,11 @@
-"""Open-loop generation: one real frame, a sequence of actions, and the video that the model makes of them.
+"""Generation: one real frame, and the video that the model makes of given actions, or of an actor's answers to it.
 
 Shape legend: B episodes, T steps, N tokens per frame, H W C image, P agent_pos dims, A action dims, X targets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,11 @@ class Generated:
     frames_BTHWC: Tensor
     agent_pos_BTP: Tensor
     targets_BTX: Tensor
+
+
+Actor = Callable[[int, Tensor, Tensor], Tensor]
+"""What acts on a rollout's own predictions: the step, agent_pos (B, P) and the targets (B, X) before it, on the CPU, to
+raw actions (B, A). At step 0 the targets are NaN: nothing was predicted yet."""
 
 
 def device_of(checkpoint: Checkpoint) -> torch.device:
@@ -73,9 +79,17 @@ def generate(
     with bar:
         for start in range(0, total, batch):
             rows = slice(start, start + batch)
+            actions = actions_BTA[rows]
             parts.append(
                 _roll(
-                    checkpoint, frames_BHWC[rows], agent_pos_BP[rows], actions_BTA[rows], seeds_B[rows], last_only, bar
+                    checkpoint,
+                    frames_BHWC[rows],
+                    agent_pos_BP[rows],
+                    lambda t, agent_pos, targets, actions=actions: actions[:, t],  # type: ignore[misc]
+                    steps,
+                    seeds_B[rows],
+                    last_only,
+                    bar,
                 )
             )
     return Generated(
@@ -85,31 +99,52 @@ def generate(
     )
 
 
+@torch.inference_mode()
+def generate_closed_loop(
+    checkpoint: Checkpoint,
+    frames_BHWC: Tensor,
+    agent_pos_BP: Tensor,
+    actor: Actor,
+    steps: int,
+    seeds_B: Tensor,
+    *,
+    progress: str | None = None,
+) -> Generated:
+    """Roll the model out, all episodes at once, under an actor that answers what the model predicts; see
+    :func:`generate`."""
+    with tqdm(
+        total=len(frames_BHWC) * steps, desc=progress, unit="frame", disable=progress is None, leave=False
+    ) as bar:
+        return _roll(checkpoint, frames_BHWC, agent_pos_BP, actor, steps, seeds_B, False, bar)
+
+
 def _roll(
     checkpoint: Checkpoint,
     frames_BHWC: Tensor,
     agent_pos_BP: Tensor,
-    actions_BTA: Tensor,
+    actor: Actor,
+    steps: int,
     seeds_B: Tensor,
     last_only: bool,
     bar: tqdm[None],
 ) -> Generated:
     device = device_of(checkpoint)
     tokens = checkpoint.tokenizer.encode(frames_BHWC.to(device))
-    domain = checkpoint.domain.name
-    state = checkpoint.dynamics.start(tokens, agent_pos_BP.to(device), seeds_B.to(device), domain)
-    actions = actions_BTA.to(device)
-    frames, agent_pos, targets = [], [], []
-    steps = actions.shape[1]
+    domain = checkpoint.domain
+    state = checkpoint.dynamics.start(tokens, agent_pos_BP.to(device), seeds_B.to(device), domain.name)
+    frames: list[Tensor] = []
+    agent_pos = [agent_pos_BP.float().cpu()]
+    targets = [torch.full((len(frames_BHWC), domain.target_dim), torch.nan)]
     for t in range(steps):
-        state, out = checkpoint.dynamics.step(state, actions[:, t], in_place=True)
+        action = actor(t, agent_pos[-1], targets[-1]).to(device)
+        state, out = checkpoint.dynamics.step(state, action, in_place=True)
         state = refreshed(state, checkpoint.tokenizer, checkpoint.dynamics.config.refresh)
         agent_pos.append(out.agent_pos_BP.float().cpu())
         targets.append(out.targets_BX.float().cpu())
         if not last_only or t == steps - 1:
             frames.append(checkpoint.tokenizer.decode(out.tokens).cpu())
-        bar.update(len(actions))
-    return Generated(torch.stack(frames, 1), torch.stack(agent_pos, 1), torch.stack(targets, 1))
+        bar.update(len(action))
+    return Generated(torch.stack(frames, 1), torch.stack(agent_pos[1:], 1), torch.stack(targets[1:], 1))
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from hma_gym.data.robomimic_hdf5 import Dataset
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.endurance import (
     LongRollouts,
+    ScriptedActor,
     background_psnr,
     blob_areas,
     loop_actions,
@@ -102,18 +103,30 @@ def test_actions_loop() -> None:
         loop_actions(actions[:0], 7)
 
 
+def test_scripts_act_on_what_is_predicted_and_take_turns() -> None:
+    """The hand is sent towards the cube where it is believed to be: at the start, then where the model predicts it."""
+    hand = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.04, -0.04]]).repeat(16, 1)
+    actor = ScriptedActor(np.tile(np.array([[0.0, 0.2, 0.82]], np.float32), (16, 1)), seed=0, cycle=10)
+    elsewhere = torch.tensor([[0.0, -0.2, 0.82]]).repeat(16, 1)
+    sideways = torch.stack([actor(step, hand, elsewhere)[:, 1].mean() for step in range(10)])
+    assert sideways[0] > 0.2 and sideways[5:].mean() < -0.2
+    script = actor.scripts[0]
+    assert actor(10, hand, elsewhere).shape == (16, 7) and actor.scripts[0] is not script
+
+
 def test_the_benchmark_leaves_its_files(soft_folder: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
     config = EnduranceConfig(
         data=toy_dataset.path,
         checkpoint=str(soft_folder),
-        rollouts=2,
+        rollouts=3,
         rows=8,
         steps=48,
         out=tmp_path,
         name="toy",
         progress=False,
     )
-    report = endurance(config)
-    assert report.rollouts == 2 and len(report.background_psnr_curve) == 48
-    assert json.loads((tmp_path / "endurance_toy.json").read_text())["report"]["steps"] == 48
+    reports = endurance(config)
+    assert list(reports) == ["random", "scripted", "recorded"]
+    assert all(report.rollouts == 1 and len(report.background_psnr_curve) == 48 for report in reports.values())
+    assert json.loads((tmp_path / "endurance_toy.json").read_text())["reports"]["scripted"]["steps"] == 48
     assert (tmp_path / "endurance_toy.png").stat().st_size > 1000
