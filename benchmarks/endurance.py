@@ -98,7 +98,7 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
         checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
     reports: dict[str, EnduranceReport] = {}
-    for kind in config.kinds:
+    for kind in map(str, config.kinds):
         chosen = [n for n, name in enumerate(rollouts.names) if name.startswith(kind)]
         if chosen:
             reports[kind] = measure_endurance(

@@ -104,12 +104,13 @@ def test_actions_loop() -> None:
 
 
 def test_scripts_act_on_what_is_predicted_and_take_turns() -> None:
-    """The hand is sent towards the cube where it is believed to be: at the start, then where the model predicts it."""
+    """The hand is sent to where the cube is at the start, then to where it is predicted (unless an attempt keeps its
+    first aim, as some do)."""
     hand = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.04, -0.04]]).repeat(16, 1)
     actor = ScriptedActor(np.tile(np.array([[0.0, 0.2, 0.82]], np.float32), (16, 1)), seed=0, cycle=10)
     elsewhere = torch.tensor([[0.0, -0.2, 0.82]]).repeat(16, 1)
-    sideways = torch.stack([actor(step, hand, elsewhere)[:, 1].mean() for step in range(10)])
-    assert sideways[0] > 0.2 and sideways[5:].mean() < -0.2
+    sideways = torch.stack([actor(step, hand, elsewhere)[:, 1] for step in range(10)])
+    assert (sideways[0] > 0.2).all() and int((sideways[5:].mean(dim=0) < -0.3).sum()) >= 4
     script = actor.scripts[0]
     assert actor(10, hand, elsewhere).shape == (16, 7) and actor.scripts[0] is not script
 
