@@ -1,15 +1,19 @@
 """Inference speed of the paper's models (Table 1 of HMA, arXiv 2502.04296): cached rollouts, frames a second.
 
     hma-gym bench inference_speed --reference path/to/HMA
+    hma-gym bench inference_speed --models mar-base
 
 Random weights: speed does not depend on them. ``--reference`` times a checkout of the reference implementation
 (github.com/liruiw/HMA) with the same weights, side by side; it runs the whole context again for every frame.
 
-Three ways are timed, each with as many unmasking passes as the reference:
+The discrete models are timed in three ways, each with as many unmasking passes as the reference:
 
 - ``cached``: one frame with a full context, all of it in the cache;
 - ``sliding``: frame after frame without end, the oldest half of the context given up whenever it is full;
 - ``same context``: the reference's own context at every frame, which costs a new cache at every frame.
+
+The soft models (MAR) make one frame with a full context in the cache, sampled by the paper's 100 DDIM steps and by the
+few-step head in its place; both with two unmasking passes.
 
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
 ``<out>/inference_speed.json`` and ``.md``.
@@ -20,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,10 @@ from torch import Tensor
 
 from hma_gym.benchmarks._reference import PUBLISHED_FIELDS, ReferenceAttention, load_reference, random_reference
 from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
+from hma_gym.domains import Domain
+from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
+from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.published import (
     PublishedConfig,
     PublishedModel,
@@ -38,12 +45,16 @@ from hma_gym.dynamics.published import (
     published_trunk,
     read_published,
 )
+from hma_gym.dynamics.rollout import RolloutState
+from hma_gym.dynamics.sizes import named_model
 from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.nn.precision import Precision, in_precision
 
-#: Widths of the paper's models; 32 layers, 8 heads, 12 frames each.
+#: Widths of the paper's discrete models; 32 layers, 8 heads, 12 frames each.
 WIDTHS = {"base": 256, "xl": 1024}
+#: The paper's soft models, by their names in :data:`hma_gym.dynamics.sizes.MODELS`.
+SOFT_MODELS = ("mar-base", "mar-xl")
 DOMAIN = "arm"
 ACTION_SIZE = 7
 
@@ -53,9 +64,9 @@ class InferenceSpeedConfig:
     """One run of the benchmark.
 
     Attributes:
-        models: of ``base`` and ``xl``.
+        models: of ``base`` and ``xl`` (discrete), ``mar-base`` and ``mar-xl`` (soft).
         batches: rollouts at once; a batch that does not fit into a GPU's memory ends the list.
-        reference: a checkout of the reference implementation to time beside ours.
+        reference: a checkout of the reference implementation to time beside our discrete models.
         reference_attention: ``plain`` is its own code without xformers, ``fused`` its fast attention (xformers, or
             PyTorch's where that is not installed).
         precision: of our matrix products.
@@ -85,8 +96,8 @@ class InferenceSpeedConfig:
 
     def __post_init__(self) -> None:
         for model in self.models:
-            if model not in WIDTHS:
-                raise UnknownName("model", model, list(WIDTHS))
+            if model not in (*WIDTHS, *SOFT_MODELS):
+                raise UnknownName("model", model, [*WIDTHS, *SOFT_MODELS])
         if not self.batches or min(self.batches) < 1:
             raise InvalidArgument(f"batches must be one or more numbers of at least 1, got {self.batches}.")
 
@@ -96,7 +107,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        model, batch, engine: what was timed; ``engine`` is a way of ours or the reference.
+        model, batch, engine: what was timed; ``engine`` is a way of ours, a head of ours, or the reference.
         frames: frames that one timed call made for each rollout.
         timing: of a call.
         weights_mb: of the model's parameters.
@@ -179,6 +190,52 @@ def _ways(model: PublishedModel, batch: int, device: torch.device) -> dict[str, 
     }
 
 
+def _soft_models(config: InferenceSpeedConfig, name: str) -> Iterator[Dynamics]:
+    """A soft model with the paper's head, and with the few-step one of the same size."""
+    named = named_model(name)
+    assert isinstance(named.head, DiffusionHeadConfig)
+    paper = dataclasses.replace(named.head, grid=(2 * config.side, 2 * config.side))
+    shared = {f.name: getattr(paper, f.name) for f in dataclasses.fields(SoftHeadConfig) if f.name != "flow_steps"}
+    trunk = dataclasses.replace(named.trunk, layers=config.layers)
+    arm = Domain(
+        name=DOMAIN,
+        action_dim=ACTION_SIZE,
+        action_low=(-1.0,) * ACTION_SIZE,
+        action_high=(1.0,) * ACTION_SIZE,
+        action_mean=(0.0,) * ACTION_SIZE,
+        action_std=(1.0,) * ACTION_SIZE,
+    )
+    for head in (paper, FlowHeadConfig(**shared)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Dynamics(dataclasses.replace(named, trunk=trunk, head=head), [arm]).eval()
+        yield in_precision(model.requires_grad_(False).to(config.device), config.precision)
+
+
+def _soft_full(model: Dynamics, batch: int, device: torch.device) -> RolloutState:
+    """Rollouts whose next frame takes the last time position: the longest context."""
+    head = model.config.head
+    assert isinstance(head, SoftHeadConfig)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(batch, head.grid[0] * head.grid[1], head.channels, generator=generator).to(device)
+    state = model.start(tokens, None, torch.arange(batch))
+    for _ in range(model.config.trunk.window - 2):
+        state = model.observe(state, torch.zeros(batch, ACTION_SIZE, device=device), tokens, None)
+    return state
+
+
+def _soft_ways(model: Dynamics, batch: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
+    full, action = _soft_full(model, batch, device), torch.zeros(batch, ACTION_SIZE, device=device)
+    head = model.config.head
+    assert isinstance(head, SoftHeadConfig)
+    name = "DDIM" if isinstance(head, DiffusionHeadConfig) else "flow"
+
+    def cached() -> None:
+        model.step(full, action, in_place=True)
+
+    return {f"cached, {head.flow_steps}-step {name}": (1, cached)}
+
+
 def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) -> Callable[[], object]:
     """One frame of the reference: its masked generation with two passes over 12 frames."""
     generator = torch.Generator().manual_seed(1)
@@ -195,9 +252,11 @@ def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) ->
     return call
 
 
-def _measure(config: InferenceSpeedConfig, name: str, batch: int, model: PublishedModel, theirs: Any) -> list[Row]:
+def _measure(
+    config: InferenceSpeedConfig, name: str, batch: int, model: PublishedModel | Dynamics, theirs: Any
+) -> list[Row]:
     device = torch.device(config.device)
-    ways = _ways(model, batch, device)
+    ways = _soft_ways(model, batch, device) if isinstance(model, Dynamics) else _ways(model, batch, device)
     if theirs is not None:
         ways["reference"] = (1, _reference_call(theirs, batch, config.side, device))
     if device.type == "cuda":
@@ -229,6 +288,21 @@ def _measure(config: InferenceSpeedConfig, name: str, batch: int, model: Publish
     ]
 
 
+def _models(config: InferenceSpeedConfig, reference: Any) -> Iterator[tuple[str, PublishedModel | Dynamics, Any]]:
+    """Names, our models, and the reference's where there is one; one at a time in memory."""
+    for name in config.models:
+        if name in SOFT_MODELS:
+            for soft in _soft_models(config, name):
+                yield name, soft, None
+            continue
+        theirs = None
+        if reference is not None:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its geometry
+                theirs = random_reference(reference, _fields(config, WIDTHS[name]), DOMAIN, ACTION_SIZE, 0)
+            theirs = theirs.to(config.device)
+        yield name, _own_model(config, WIDTHS[name], theirs), theirs
+
+
 def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
     """Run the benchmark and write its table; returns the paths."""
     if config.threads is not None:
@@ -236,12 +310,7 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
     device = torch.device(config.device)
     reference = None if config.reference is None else load_reference(config.reference, config.reference_attention)
     rows: list[Row] = []
-    for name in config.models:
-        theirs = None
-        if reference is not None:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints its geometry
-                theirs = random_reference(reference, _fields(config, WIDTHS[name]), DOMAIN, ACTION_SIZE, 0).to(device)
-        model = _own_model(config, WIDTHS[name], theirs)
+    for name, model, theirs in _models(config, reference):
         for batch in config.batches:
             try:
                 with torch.inference_mode():

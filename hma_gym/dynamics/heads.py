@@ -73,6 +73,10 @@ class TokenHead(Protocol):
         """Weights from the trunk's width to a size that does not grow with it, for muP."""
         ...
 
+    def check(self, tokens: Tensor) -> None:
+        """Raises :class:`hma_gym.errors.InvalidArgument` unless these are tokens (B, S...) of this kind and grid."""
+        ...
+
     def embed_previous(self, tokens: Tensor) -> Tensor:
         """Tokens of the previous frame, (B, T, S...), as inputs (B, T, N, D)."""
         ...

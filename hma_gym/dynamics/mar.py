@@ -29,6 +29,7 @@ from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import silence, weight_of
 from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.transformer import BASE_WIDTH
+from hma_gym.tokenizers.protocol import check_soft_tokens
 
 #: Where the gate towards the drawn tokens begins, before its sigmoid: nearly closed.
 CLOSED = -3.0
@@ -180,7 +181,11 @@ class Flow(NoiseModel):
 
 
 class Diffusion(NoiseModel):
-    """The MLP gives the noise that a sample was mixed with, at one of the levels of a cosine schedule."""
+    """The noise that a sample was mixed with, at one of the levels of a cosine schedule, is foretold (HMA, Eq. 3).
+
+    The MLP gives it as a velocity (Salimans & Ho 2022, arXiv 2202.00512): noise = signal * velocity + spread * mixed.
+    So the clean sample is no quotient of small numbers where nearly all is noise.
+    """
 
     def __init__(self, config: DiffusionHeadConfig, size: int, features: int, known: int, layers: int) -> None:
         super().__init__(config, size, features, known, layers)
@@ -191,9 +196,10 @@ class Diffusion(NoiseModel):
     def error(self, y: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
         level = torch.randint(1, self.levels + 1, (*y.shape[:-1], 1), generator=generator, device=y.device)
         noise = torch.randn(y.shape, generator=generator, device=y.device)
-        kept = self.kept[level]
-        predicted: Tensor = self(kept.sqrt() * y + (1 - kept).sqrt() * noise, level / self.levels, context)
-        return (predicted.float() - noise).square().mean(dim=-1)
+        signal, spread = self.kept[level].sqrt(), (1 - self.kept[level]).sqrt()
+        mixed = signal * y + spread * noise
+        predicted = signal * self(mixed, level / self.levels, context).float() + spread * mixed
+        return (predicted - noise).square().mean(dim=-1)
 
     def sample(self, noise: Tensor, context: Tensor) -> Tensor:
         """DDIM without added noise (Song et al. 2021, Eq. 12), the predicted clean sample clipped in every step."""
@@ -202,8 +208,8 @@ class Diffusion(NoiseModel):
         signal, spread = self.kept.sqrt(), (1 - self.kept).sqrt()
         for now, after in zip(levels, levels[1:], strict=False):
             time = torch.full((*y.shape[:-1], 1), now / self.levels, device=y.device)
-            predicted = self(y, time, context).float()
-            clean = ((y - spread[now] * predicted) / signal[now]).clamp(-self.clip, self.clip)
+            clean = signal[now] * y - spread[now] * self(y, time, context).float()
+            clean = clean.clamp(-self.clip, self.clip)
             y = signal[after] * clean + spread[after] * (y - signal[now] * clean) / spread[now]
         return y
 
@@ -256,6 +262,9 @@ class SoftHead(nn.Module):
 
     def readouts(self) -> list[nn.Parameter]:
         return [weight_of(self.mean_out), weight_of(self.gate_out), weight_of(self.flow.condition)]
+
+    def check(self, tokens: Tensor) -> None:
+        check_soft_tokens(tokens, self.config.grid[0] * self.config.grid[1], self.config.channels)
 
     def _patch(self, tokens: Tensor) -> Tensor:
         return to_patches(tokens, self.config.grid, self.config.patch)

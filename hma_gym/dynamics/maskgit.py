@@ -19,6 +19,7 @@ from hma_gym.errors import InvalidArgument
 from hma_gym.nn.parameters import weight_of
 from hma_gym.nn.patches import from_patches, to_patches
 from hma_gym.nn.vocabulary import join_factors, split_factors
+from hma_gym.tokenizers.protocol import check_vq_tokens
 
 Order = Literal["random", "confidence"]
 
@@ -92,6 +93,9 @@ class MaskGITHead(nn.Module):
 
     def readouts(self) -> list[nn.Parameter]:
         return [weight_of(self.logits_out)]
+
+    def check(self, tokens: Tensor) -> None:
+        check_vq_tokens(tokens, self.config.grid[0] * self.config.grid[1])
 
     def _patch(self, tokens: Tensor) -> Tensor:
         return to_patches(tokens[..., None], self.config.grid, self.config.patch)

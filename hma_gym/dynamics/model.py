@@ -752,7 +752,12 @@ class Dynamics(nn.Module):
             agent_pos_BP: raw units; None for domains without a state.
             seed_B: int64; same seed and actions, same frames.
             domain: name, or int64 indices (B,), or None where the model has one domain.
+
+        Raises:
+            InvalidArgument: tokens of another kind or grid than the model's, or no domain where there are several.
+            UnknownName: no domain of this name.
         """
+        self.head.check(tokens)
         B, device = len(tokens), tokens.device
         if domain is None and len(self.domains) > 1:
             raise InvalidArgument(

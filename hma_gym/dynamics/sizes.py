@@ -6,16 +6,17 @@ with one domain of 7 action dims and no state, and the paper's figures:
     name       tokens              shared   domain   together   paper
     base       256, 2 x 512 codes  37.6     6.4      44.0       44 (35.2 + 8.5 a domain)
     xl         256, 2 x 512 codes  578.1    101.8    679.9      679
-    mar-base   256 x 16 numbers    87.5     6.4      93.9       96
-    mar-xl     256 x 16 numbers    626.5    101.8    728.3      741
+    mar-base   256 x 16 numbers    62.3     31.9     94.3       96
+    mar-xl     256 x 16 numbers    601.4    129.2    730.5      741
 
 The projection after each modulation (2.1 M in base) belongs to a domain in the paper and is shared by all of them here.
-The paper's MAR models have a second diffusion head, for actions; ours have one head of twice the depth.
+Both diffusion heads of the paper's MAR models, for tokens and for actions, have 4 layers of width 1024;
+``dataclasses.replace`` gives a model a smaller head, or the few-step one.
 """
 
 from __future__ import annotations
 
-from hma_gym.dynamics.mar import FlowHeadConfig
+from hma_gym.dynamics.mar import DiffusionHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import DynamicsConfig
 from hma_gym.errors import UnknownName
@@ -29,14 +30,16 @@ TRUNKS: dict[str, TrunkConfig] = {
 }
 
 
-def _paper(width: int, head: MaskGITHeadConfig | FlowHeadConfig) -> DynamicsConfig:
+def _paper(width: int, head: MaskGITHeadConfig | SoftHeadConfig) -> DynamicsConfig:
     """32 layers, 8 heads, 12 frames, 64 action tokens; the same learning rates at every width (muP)."""
     trunk = TrunkConfig(layers=32, width=width, heads=8, window=12, modulation="residual", positions="learned")
     return DynamicsConfig(trunk=trunk, head=head, conditioning="in_place", action_tokens=64, decode_steps=2)
 
 
 _DISCRETE = MaskGITHeadConfig(grid=(16, 16), vocabulary=(512, 512))
-_SOFT = FlowHeadConfig(grid=(32, 32), channels=4, patch=2, flow_width=1024, flow_layers=8)
+_SOFT = DiffusionHeadConfig(
+    grid=(32, 32), channels=4, flow_width=1024, flow_layers=4, flow_weight=1.0, predicts="latent", action_layers=4
+)
 
 #: The paper's models: 256 tokens a frame, each a pair of 512 codes or 2 x 2 latents of 4 channels.
 MODELS: dict[str, DynamicsConfig] = {

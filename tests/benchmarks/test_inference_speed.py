@@ -24,6 +24,16 @@ def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
     assert text.count("| base |") == 6
 
 
+def test_the_soft_models_run_with_either_head(tmp_path: Path) -> None:
+    config = InferenceSpeedConfig(models=("mar-base",), layers=1, side=1, repeats=1, warmup=0, out=tmp_path)
+    data_path, table_path = inference_speed(config)
+    rows = json.loads(data_path.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["cached, 100-step DDIM", "cached, 4-step flow"]
+    assert rows[0]["cache_mb"] == 2 * 12 * (1 + 1 + 64) * 256 * 4 / 1e6
+    assert rows[0]["timing"]["median"]["value"] > 4 * rows[1]["timing"]["median"]["value"] > 0
+    assert table_path.read_text().count("| mar-base |") == 2
+
+
 def test_inference_speed_refuses_unknown_models_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="huge"):
         InferenceSpeedConfig(models=("huge",))
