@@ -7,7 +7,8 @@ scripted expert; a diffusion policy on all of them, kept at several stages, and 
 and BC-RNN, kept at two stages each; then 50 episodes of every policy in each world.
 
 The demonstrations' seed is not that of the learned world's training data, and no policy of the roster recorded any of
-it. The sighted policies share their scripts with those that did, but not what the scripts are fed.
+it: the closed-loop episodes in it are of diffusion policies that were trained with another seed and ended earlier, and
+of scripts that saw through one of those. The sighted policies share their scripts with those that did, but not what the scripts are fed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hma_gym.robomimic_compat import import_robomimic
 from hma_gym.training.recipes.policy import PolicyOptions, train_policy
 
 DEMONSTRATION_SEED = 7001
+POLICY_SEED = 1
 _PURPOSE = "the robomimic policies of the roster"
 
 
@@ -169,6 +171,7 @@ def train_diffusion(config: PolicyEvaluationConfig, demonstrations: Path) -> Non
                 demonstrations=count,
                 read_object=True,
                 progress=config.progress,
+                seed=POLICY_SEED,
             )
         )
 
