@@ -78,21 +78,22 @@ class Episodes:
         steps_N[reset_N] = 0
         return reset_N, steps_N
 
-    def end(self, steps_N: NDArray[np.int64], terminated_N: Mask) -> tuple[Mask, Mask]:
+    def end(self, steps_N: NDArray[np.int64], terminated_N: Mask, lost_N: Mask) -> tuple[Mask, Mask]:
         """The step (or chunk) is over.
 
         Args:
             steps_N: how many steps each ran.
             terminated_N: the task itself ended the episode.
+            lost_N: the model has left what it knows.
 
         Returns:
-            truncated_N: the time is over.
+            truncated_N: the time is over, or the model lost.
             again_N: these must reset now, within the same step (SAME_STEP only).
         """
         self.elapsed_N += steps_N
-        truncated_N = np.zeros_like(terminated_N)
+        truncated_N = lost_N.copy()
         if self.max_episode_steps is not None:
-            truncated_N = (self.elapsed_N >= self.max_episode_steps) & (steps_N > 0)
+            truncated_N |= (self.elapsed_N >= self.max_episode_steps) & (steps_N > 0)
         self.over_N = terminated_N | truncated_N
         again_N = self.over_N.copy() if self.mode is AutoresetMode.SAME_STEP else np.zeros_like(self.over_N)
         self.restart(again_N)

@@ -56,6 +56,7 @@ class HMAEnv(gymnasium.Env[Any, Any]):
         device: str | torch.device | None = None,
         render_mode: str | None = "rgb_array",
         render_size: int = 256,
+        max_uncertainty: float | None = None,
     ) -> None:
         self._vector = HMAVectorEnv(
             num_envs=1,
@@ -72,6 +73,7 @@ class HMAEnv(gymnasium.Env[Any, Any]):
             device=device,
             render_mode=render_mode,
             render_size=render_size,
+            max_uncertainty=max_uncertainty,
         )
         self.action_space = self._vector.single_action_space
         self.observation_space = self._vector.single_observation_space
@@ -101,15 +103,15 @@ class HMAEnv(gymnasium.Env[Any, Any]):
             action: (A,) floating, finite; values outside the action space are clipped to it.
 
         Returns:
-            Observation, reward, terminated, False, info.
+            Observation, reward, terminated, truncated (by ``max_uncertainty``), info.
 
         Raises:
             InvalidAction: wrong shape or dtype, or a value that is not finite.
             EnvironmentState: before reset, after close, or after the episode's end.
         """
         checked = read_actions(action, (), self._vector.single_action_box, torch.device("cpu"))
-        observations, rewards, terminations, _, infos = self._vector.step(checked[None])
-        return _first(observations), float(rewards[0]), bool(terminations[0]), False, _info(infos)
+        observations, rewards, terminations, truncations, infos = self._vector.step(checked[None])
+        return _first(observations), float(rewards[0]), bool(terminations[0]), bool(truncations[0]), _info(infos)
 
     def render(self) -> NDArray[np.uint8] | None:
         """The current frame, enlarged to (render_size, render_size, 3) uint8; None without a render mode."""

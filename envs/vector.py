@@ -42,7 +42,7 @@ from hma_gym.errors import EnvironmentState, InvalidArgument
 from hma_gym.judges.protocol import Judge, TokenJudge
 
 Decode = Literal["last", "all", "none"]
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _SEED_LIMIT = 2**62
 
 
@@ -96,6 +96,8 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         device: where to load the weights; given ones stay where they are.
         render_mode: ``rgb_array`` or None.
         render_size: side of rendered images in pixels.
+        max_uncertainty: truncate episodes at the first frame whose ``info["uncertainty"]`` is above it, in (0, 1);
+            needs a calibrated checkpoint (``hma-gym calibrate``).
 
     Raises:
         InvalidArgument: an argument breaks its rule.
@@ -123,6 +125,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         device: str | torch.device | None = None,
         render_mode: str | None = "rgb_array",
         render_size: int = 256,
+        max_uncertainty: float | None = None,
     ) -> None:
         super().__init__()
         if num_envs < 1:
@@ -146,6 +149,14 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                 f"obs_type 'pixels_agent_pos' needs a domain with agent_pos, and {world.domain.name!r} has none; use "
                 "'pixels'."
             )
+        if max_uncertainty is not None and not 0 < max_uncertainty < 1:
+            raise InvalidArgument(f"max_uncertainty must lie in (0, 1) or be None, got {max_uncertainty}.")
+        if max_uncertainty is not None and world.checkpoint.uncertainty is None:
+            raise InvalidArgument(
+                f"max_uncertainty needs a calibrated checkpoint, and {world.checkpoint.name!r} is not; run: hma-gym "
+                "calibrate --checkpoint FOLDER --data FILE."
+            )
+        self.max_uncertainty = max_uncertainty
         self.num_envs = num_envs
         self.obs_type = obs_type
         self.terminate_on_success = terminate_on_success
@@ -289,6 +300,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                 "tokens": copy.tokens_NK,
                 "frames": copy.frames_NFHWC,
                 "codes": copy.codes_NFD,
+                "uncertainty": copy.uncertainty_N,
             },
             "hidden": copy.hidden_NF,
             "elapsed": self._episodes.elapsed_N.copy(),
@@ -314,7 +326,9 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         device = self.world.device
         tensors = {name: tensor.to(device) for name, tensor in state["tensors"].items()}
         rollout = RolloutState(**{n: tensors[f"rollout.{n}"] for n in RolloutState.__dataclass_fields__})
-        rows = Rows(rollout, tensors["tokens"], tensors["frames"], tensors["codes"], state["hidden"])
+        rows = Rows(
+            rollout, tensors["tokens"], tensors["frames"], tensors["codes"], tensors["uncertainty"], state["hidden"]
+        )
         with torch.inference_mode():
             self._rows = rows.select(np.arange(self.num_envs))
         self._episodes.elapsed_N = state["elapsed"].copy()
@@ -347,6 +361,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             terminate_on_success=self.terminate_on_success,
             render_mode=self.render_mode,
             render_size=self.render_size,
+            max_uncertainty=self.max_uncertainty,
         )
         with torch.inference_mode():
             twin._rows = rows.select(index)
@@ -377,7 +392,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         seen = False
         values: dict[str, Tensor] = {}
         path: list[Observations] = []
-        terminated_N = np.zeros(self.num_envs, dtype=bool)
+        terminated_N, lost_N = np.zeros((2, self.num_envs), dtype=bool)
         rewards_N = torch.zeros(self.num_envs, device=world.device)
         for h in range(actions_NHA.shape[1]):
             active_N = steps_N > h
@@ -391,9 +406,13 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                         ended_N = success_N.cpu().numpy() & active_N
                         terminated_N |= ended_N
                         steps_N[ended_N] = h + 1
+                if self.max_uncertainty is not None:
+                    unsure_N = (self._require_ready().uncertainty_N > self.max_uncertainty).cpu().numpy()
+                    lost_N |= unsure_N & active_N
+                    steps_N[unsure_N & active_N] = h + 1
             if decode == "all":
                 path.append(_copied(self._observed()))
-        truncated_N, again_N = episodes.end(steps_N, terminated_N)
+        truncated_N, again_N = episodes.end(steps_N, terminated_N, lost_N)
         judged = show or not world.frames_for_judge  # what needs no pixels is judged whether they are shown or not
         pixels = show or bool(again_N.any())
         if not seen and (judged or pixels):

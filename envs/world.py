@@ -26,7 +26,7 @@ from torch import Tensor
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.refresh import refreshed
-from hma_gym.dynamics.rollout import RolloutState
+from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.judges.classifier import ClassifierJudge
@@ -47,6 +47,8 @@ class Rows:
         tokens_NK: tokens of the last K frames, oldest first; at the start the first frame fills the window.
         frames_NFHWC: the last F of those frames, uint8; meaningless where hidden.
         codes_NFD: what the judge noted of them, float32; D = 0 for judges that note nothing.
+        uncertainty_N: how far the current frame may be wrong, 0 to 1 (see :mod:`hma_gym.dynamics.uncertainty`); 0 for
+            real frames, and where the checkpoint is not calibrated.
         hidden_NF: host mask of frames that were not decoded yet.
     """
 
@@ -54,6 +56,7 @@ class Rows:
     tokens_NK: Tensor
     frames_NFHWC: Tensor
     codes_NFD: Tensor
+    uncertainty_N: Tensor
     hidden_NF: Mask
 
     def __len__(self) -> int:
@@ -72,6 +75,7 @@ class Rows:
             self.tokens_NK.index_select(0, index),
             self.frames_NFHWC.index_select(0, index),
             self.codes_NFD.index_select(0, index),
+            self.uncertainty_N.index_select(0, index),
             self.hidden_NF[index_R],
         )
 
@@ -83,6 +87,7 @@ class Rows:
         self.tokens_NK.index_copy_(0, index, other.tokens_NK)
         self.frames_NFHWC.index_copy_(0, index, other.frames_NFHWC)
         self.codes_NFD.index_copy_(0, index, other.codes_NFD)
+        self.uncertainty_N.index_copy_(0, index, other.uncertainty_N)
         self.hidden_NF[index_R] = other.hidden_NF
 
     def reseed(self, seed_N: NDArray[np.int64]) -> Rows:
@@ -227,6 +232,7 @@ class LearnedWorld:
                 torch.cat((rows.tokens_NK[:, 1:], tokens_RT[:, t, None]), dim=1),
                 torch.cat((rows.frames_NFHWC[:, 1:], frames_RT[:, t, None]), dim=1),
                 torch.cat((rows.codes_NFD[:, 1:], codes_RTD[:, t, None]), dim=1),
+                rows.uncertainty_N,
                 rows.hidden_NF,
             )
         return rows
@@ -247,6 +253,7 @@ class LearnedWorld:
             torch.cat((rows.tokens_NK[:, 1:], out.tokens[:, None]), dim=1),
             torch.cat((rows.frames_NFHWC[:, 1:], rows.frames_NFHWC[:, -1:]), dim=1),
             torch.cat((rows.codes_NFD[:, 1:], rows.codes_NFD[:, -1:]), dim=1),
+            self._uncertainty(rollout, out),
             np.concatenate((rows.hidden_NF[:, 1:], np.ones_like(rows.hidden_NF[:, :1])), axis=1),
         )
         if kept is not None:
@@ -278,8 +285,9 @@ class LearnedWorld:
             InvalidArgument: the judge gave something else than one probability for each row.
         """
         judge = self.judge
+        sure = {} if self.checkpoint.uncertainty is None else {"uncertainty": rows.uncertainty_N}
         if judge is None:
-            return {}, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+            return sure, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         if isinstance(judge, TokenJudge):
             probability_N = judge.probability_of_tokens(rows.tokens_NK)
         elif isinstance(judge, FrameCoder):
@@ -293,7 +301,14 @@ class LearnedWorld:
                 f"{tuple(probability_N.shape)}."
             )
         verdict_N = probability_N >= judge.threshold
-        return {"is_success": verdict_N, "success_probability": probability_N}, verdict_N
+        return {"is_success": verdict_N, "success_probability": probability_N, **sure}, verdict_N
+
+    def _uncertainty(self, rollout: RolloutState, out: StepOutput) -> Tensor:
+        """(N,) of the frames just made."""
+        if self.checkpoint.uncertainty is None:
+            return torch.zeros(len(rollout), device=self.device)
+        score_N: Tensor = self.checkpoint.uncertainty(out.features_BD, rollout.step_B)
+        return score_N
 
     def _codes(self, frames_BHWC: Tensor) -> Tensor:
         """What the judge notes of each frame, (B, D)."""
@@ -322,6 +337,7 @@ class LearnedWorld:
             tokens_R[:, None].repeat_interleave(self.window, dim=1),
             frames_RHWC[:, None].repeat_interleave(kept, dim=1),
             codes_RD[:, None].repeat_interleave(kept, dim=1),
+            torch.zeros(R, device=self.device),
             np.zeros((R, kept), dtype=bool),
         )
 

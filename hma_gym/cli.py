@@ -92,6 +92,18 @@ COMMANDS: dict[str, Command] = {
         "FeatureTrainConfig",
         "train_feature_judge",
     ),
+    "train rl": Command(
+        "improve a policy by reinforcement learning in the learned world",
+        "hma_gym.training.recipes.rl",
+        "RLOptions",
+        "train_rl",
+    ),
+    "calibrate": Command(
+        "teach a checkpoint how sure it may be of its frames, on validation episodes",
+        "hma_gym.training.recipes.uncertainty",
+        "CalibrateOptions",
+        "calibrate",
+    ),
     "evaluate": Command(
         "play policies in the learned world and in ground truth from the same starts, and report how they compare",
         "hma_gym.evaluation.policies",

@@ -1,7 +1,8 @@
 """A checkpoint on disk: one folder that holds all that an environment needs.
 
     config.json             schema version, domains, configurations, provenance, sha256 of every other file
-    tokenizer.safetensors   dynamics.safetensors   judge.safetensors   feature_judge.safetensors   starts.safetensors
+    tokenizer.safetensors   dynamics.safetensors   starts.safetensors
+    judge.safetensors   feature_judge.safetensors   uncertainty.safetensors (each of them optional)
     README.md               the model card
 
 Loaded by name (shipped with the package), by path, or by hub id; strict: anything missing, extra, changed or newer is
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from hma_gym.domains import Domain
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
+from hma_gym.dynamics.uncertainty import Uncertainty, UncertaintyConfig
 from hma_gym.errors import CheckpointError, HMAError, StorageError
 from hma_gym.extras import require
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
@@ -102,6 +104,7 @@ class Checkpoint:
         tokenizer, dynamics: in evaluation mode on one device.
         judge: the success classifier, or None.
         feature_judge: the judge that reads tokens, or None.
+        uncertainty: the calibrated score of how sure a rollout may be, or None.
         starts: real first frames.
         provenance: how it was trained, as JSON values.
         digest: sha256 of ``config.json``, which names the hashes of all files; "" before it is saved.
@@ -116,6 +119,7 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
     feature_judge: FeatureJudge | None = None
+    uncertainty: Uncertainty | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.kind != self.dynamics.head.kind:
@@ -129,13 +133,13 @@ class Checkpoint:
         """The first domain; the only one in most checkpoints."""
         return self.dynamics.domains[0]
 
-    def judges(self) -> dict[str, ClassifierJudge | FeatureJudge | None]:
-        """The judges by the names of their files."""
-        return {"judge": self.judge, "feature_judge": self.feature_judge}
+    def options(self) -> dict[str, ClassifierJudge | FeatureJudge | Uncertainty | None]:
+        """The parts that a checkpoint may do without, by the names of their files."""
+        return {"judge": self.judge, "feature_judge": self.feature_judge, "uncertainty": self.uncertainty}
 
     def to(self, device: torch.device | str) -> Checkpoint:
         """Move the weights, in place, and return self."""
-        for module in (self.tokenizer, self.dynamics, *self.judges().values()):
+        for module in (self.tokenizer, self.dynamics, *self.options().values()):
             if isinstance(module, nn.Module):
                 module.to(device)
         return self
@@ -192,9 +196,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, half: bool = 
     try:
         save_file(_weights(checkpoint.tokenizer, half), work / "tokenizer.safetensors")
         save_file(_weights(checkpoint.dynamics, half), work / "dynamics.safetensors")
-        for name, judge in checkpoint.judges().items():
-            if judge is not None:
-                save_file(_weights(judge, half), work / f"{name}.safetensors")
+        for name, part in checkpoint.options().items():
+            if part is not None:  # directions scaled by 1 / deviation do not fit into half precision
+                save_file(_weights(part, half and name != "uncertainty"), work / f"{name}.safetensors")
         starts = {f.name: torch.from_numpy(getattr(checkpoint.starts, f.name)) for f in dataclasses.fields(StartBank)}
         save_file({name: tensor.contiguous() for name, tensor in starts.items()}, work / "starts.safetensors")
         config = {
@@ -205,7 +209,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, half: bool = 
             "domains": [domain.to_dict() for domain in checkpoint.dynamics.domains],
             "tokenizer": checkpoint.tokenizer.config.to_dict(),
             "dynamics": checkpoint.dynamics.config.to_dict(),
-            **{name: None if judge is None else judge.config.to_dict() for name, judge in checkpoint.judges().items()},
+            **{name: None if part is None else part.config.to_dict() for name, part in checkpoint.options().items()},
             "files": {path.name: _sha256(path) for path in sorted(work.glob("*.safetensors"))},
             "provenance": dict(checkpoint.provenance),
         }
@@ -239,8 +243,9 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
     missing = {"domains", "tokenizer", "dynamics", "judge", "files", "name", "task", "provenance"} - set(config)
     if missing:
         raise CheckpointError(f"{folder / 'config.json'} lacks the keys {sorted(missing)}; fetch the checkpoint again.")
-    judges = [name for name in ("judge", "feature_judge") if config.get(name)]  # older ones have no feature judge
-    parts = ("tokenizer", "dynamics", "starts", *judges)
+    # Older checkpoints do not name all of them.
+    options = [name for name in ("judge", "feature_judge", "uncertainty") if config.get(name)]
+    parts = ("tokenizer", "dynamics", "starts", *options)
     needed = {f"{part}.safetensors" for part in parts}
     if not isinstance(config["files"], dict) or set(config["files"]) != needed:
         raise CheckpointError(
@@ -260,16 +265,18 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
         domains = [Domain.from_dict(fields) for fields in config["domains"]]
         tokenizer = build_tokenizer(config["tokenizer"])
         dynamics = Dynamics(DynamicsConfig.from_dict(config["dynamics"]), domains)
-        judge = ClassifierJudge(ClassifierConfig.from_dict(config["judge"])) if "judge" in judges else None
-        feature_judge = None
-        if "feature_judge" in judges:
+        judge = ClassifierJudge(ClassifierConfig.from_dict(config["judge"])) if "judge" in options else None
+        feature_judge = uncertainty = None
+        if "feature_judge" in options:
             feature_judge = FeatureJudge(FeatureConfig.from_dict(config["feature_judge"]))
+        if "uncertainty" in options:
+            uncertainty = Uncertainty(UncertaintyConfig.from_dict(config["uncertainty"]))
     except CheckpointError:
         raise
     except (HMAError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no model of this version: {error}") from error
     modules: list[tuple[str, nn.Module]] = [("tokenizer", tokenizer), ("dynamics", dynamics)]
-    found = {"judge": judge, "feature_judge": feature_judge}
+    found = {"judge": judge, "feature_judge": feature_judge, "uncertainty": uncertainty}
     modules += [(name, module) for name, module in found.items() if module is not None]
     for name, module in modules:
         _load_weights(module, _read_tensors(folder / f"{name}.safetensors"), folder / f"{name}.safetensors")
@@ -285,6 +292,7 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> C
         dynamics=dynamics,
         judge=judge,
         feature_judge=feature_judge,
+        uncertainty=uncertainty,
         starts=StartBank(**{name: tensor.numpy() for name, tensor in starts.items()}),
         provenance=config["provenance"],
         digest=digest,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.errors import EnvironmentState, InvalidArgument
 from hma_gym.policies.mpc.protocol import Imagined
 from hma_gym.policies.protocol import Observation
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """Rollouts, and for how many steps each has seen no real frame (int64)."""
+
+    rollout: RolloutState
+    dreamt_B: Tensor
 
 
 class LearnedDynamics:
@@ -58,7 +67,7 @@ class LearnedDynamics:
         self.action_mean_A, self.action_std_A = repeated(self.domain.action_mean), repeated(self.domain.action_std)
 
     @torch.inference_mode()
-    def start(self, observation: Observation) -> RolloutState:
+    def start(self, observation: Observation) -> PlanState:
         """See the protocol.
 
         Raises:
@@ -68,21 +77,21 @@ class LearnedDynamics:
         rows = len(tokens)
         domain = torch.full((rows,), self._index, dtype=torch.int64, device=self.device)
         seeds = torch.zeros(rows, dtype=torch.int64, device=self.device)  # candidates are compared under the same luck
-        return self._model.start(tokens.contiguous(), agent_pos, seeds, domain)
+        return PlanState(self._model.start(tokens.contiguous(), agent_pos, seeds, domain), torch.zeros_like(seeds))
 
     @torch.inference_mode()
     def observe(
-        self, state: RolloutState, actions_NA: NDArray[np.float32], observation: Observation, fresh_N: NDArray[np.bool_]
-    ) -> RolloutState:
+        self, state: PlanState, actions_NA: NDArray[np.float32], observation: Observation, fresh_N: NDArray[np.bool_]
+    ) -> PlanState:
         """See the protocol."""
         tokens, agent_pos = self._read(observation)
         actions = self._padded(torch.from_numpy(np.array(actions_NA, dtype=np.float32)).to(self.device))
-        after = self._model.observe(state, actions, tokens, agent_pos)
-        if not fresh_N.any():
-            return after
-        return after.where(torch.from_numpy(fresh_N).to(self.device), self.start(observation))
+        after = self._model.observe(state.rollout, actions, tokens, agent_pos)
+        if fresh_N.any():
+            after = after.where(torch.from_numpy(fresh_N).to(self.device), self.start(observation).rollout)
+        return PlanState(after, torch.zeros_like(state.dreamt_B))
 
-    def resume(self, saved: Mapping[str, Any]) -> RolloutState:
+    def resume(self, saved: Mapping[str, Any]) -> PlanState:
         """The state of learned environments of this checkpoint, from what their ``save_state`` (of a vector
         environment) or ``get_state`` returned: for plans on exactly the state that the environments are in.
 
@@ -95,23 +104,25 @@ class LearnedDynamics:
                 f"of {saved['world'][0]!r} ({saved['world'][1][:12]}); plan with the environment's own checkpoint."
             )
         names = [f.name for f in dataclasses.fields(RolloutState)]
-        return RolloutState(**{name: saved["tensors"][f"rollout.{name}"].to(self.device) for name in names})
+        rollout = RolloutState(**{name: saved["tensors"][f"rollout.{name}"].to(self.device) for name in names})
+        return PlanState(rollout, rollout.step_B.clone())
 
     @torch.inference_mode()
-    def fork(self, state: RolloutState, k: int) -> RolloutState:
+    def fork(self, state: PlanState, k: int) -> PlanState:
         """See the protocol."""
-        return state.fork(k)
+        return PlanState(state.rollout.fork(k), state.dreamt_B.repeat_interleave(k))
 
     @torch.inference_mode()
-    def step(self, state: RolloutState, actions_BA: Tensor) -> tuple[RolloutState, Imagined]:
+    def step(self, state: PlanState, actions_BA: Tensor) -> tuple[PlanState, Imagined]:
         """See the protocol."""
-        after, out = self._model.step(state, self._padded(actions_BA), in_place=True)
-        return after, Imagined(
+        rollout, out = self._model.step(state.rollout, self._padded(actions_BA), in_place=True)
+        dreamt_B, score = state.dreamt_B + 1, self.checkpoint.uncertainty
+        return PlanState(rollout, dreamt_B), Imagined(
             out.tokens,
             out.agent_pos_BP[:, : self.domain.state_dim],
             out.features_BD,
             out.targets_BX[:, : self.domain.target_dim],
-            torch.zeros(len(after), device=self.device),
+            torch.zeros(len(dreamt_B), device=self.device) if score is None else score(out.features_BD, dreamt_B),
         )
 
     @torch.inference_mode()

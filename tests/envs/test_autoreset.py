@@ -69,7 +69,7 @@ class Walkers:
         self.positions[self.walked] += actions[self.walked]
         rewards = self.output.rewards(torch.from_numpy(np.where(self.walked, self.positions[:, 0], 0.0)))
         terminated = self.values()["far"].numpy()
-        truncated, again = self.episodes.end(steps, terminated)
+        truncated, again = self.episodes.end(steps, terminated, np.zeros(N, bool))
         infos = self.output.final_infos(torch.from_numpy(self.positions), self.values(), again)
         self.begin(again)
         self.walked &= ~again

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toy_dynamics import same
 
 from hma_gym.dynamics.checkpoint import Checkpoint
-from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import CheckpointError, EnvironmentState, InvalidArgument, UnknownName
 from hma_gym.policies.functions import FunctionPolicy
@@ -34,6 +34,7 @@ from hma_gym.policies.mpc import (
     first_plan,
     imagine,
 )
+from hma_gym.policies.mpc.learned import PlanState
 from hma_gym.policies.mpc.noise import coloured_noise
 from hma_gym.policies.mpc.policy import plan_values
 
@@ -129,7 +130,7 @@ def hand_height(futures: Futures) -> Tensor:
     return futures.agent_pos_BHP[:, -1, 2]
 
 
-def mpc(dynamics: LearnedDynamics, objective: Any = hand_height, **arguments: Any) -> MPCPolicy[RolloutState]:
+def mpc(dynamics: LearnedDynamics, objective: Any = hand_height, **arguments: Any) -> MPCPolicy[PlanState]:
     arguments = {"planner": ICEM(8, 2, 2), "seeds": [3, 4], "horizon": 4, "execute": 2, **arguments}
     policy = MPCPolicy(dynamics, objective, arguments.pop("planner"), arguments.pop("seeds"), **arguments)
     policy.reset(np.ones(len(policy._seeds), dtype=np.bool_))
@@ -150,9 +151,9 @@ def test_planning_never_changes_the_environment(toy: Checkpoint) -> None:
     rng = torch.get_rng_state()
     actions = policy.act(first)
     exact = dynamics.resume(envs.save_state())  # also on the environment's own state
-    before = exact.clone()
+    before = exact.rollout.clone()
     policy.search(exact, first)
-    assert all(torch.equal(getattr(exact, f.name), getattr(before, f.name)) for f in dataclasses.fields(RolloutState))
+    assert same(exact.rollout, before)
     assert torch.equal(rng, torch.get_rng_state())
     for step in range(2):
         planned, plain = envs.step(actions[:, step]), twin.step(actions[:, step])
@@ -187,12 +188,12 @@ def test_the_context_is_that_of_the_real_frames(toy: Checkpoint) -> None:
     policy.act(second)
     tokens = toy.tokenizer.encode(torch.from_numpy(second["pixels"]))
     assert policy._state is not None
-    torch.testing.assert_close(policy._state.tokens, tokens)
-    torch.testing.assert_close(policy._state.agent_pos_BP, torch.from_numpy(second["agent_pos"]))
-    assert policy._state.step_B.tolist() == [2, 2]
+    torch.testing.assert_close(policy._state.rollout.tokens, tokens)
+    torch.testing.assert_close(policy._state.rollout.agent_pos_BP, torch.from_numpy(second["agent_pos"]))
+    assert policy._state.rollout.step_B.tolist() == [2, 2]
     policy.reset(np.array([False, True]))
     policy.act(second)  # environment 1 begins anew
-    assert policy._state.step_B.tolist() == [3, 0]
+    assert policy._state.rollout.step_B.tolist() == [3, 0]
 
 
 def test_the_same_seed_gives_the_same_actions_and_neighbours_change_nothing(toy: Checkpoint) -> None:
