@@ -7,7 +7,7 @@ scripted expert; a diffusion policy on all of them, kept at several stages, and 
 and BC-RNN, kept at two stages each; then 50 episodes of every policy in each world.
 
 The demonstrations' seed is not that of the learned world's training data, and no policy of the roster recorded any of
-it: the closed-loop episodes in it are of diffusion policies that were trained with another seed, and of scripts that saw
+it: its closed-loop episodes are of diffusion policies that were trained with another seed, and of scripts that saw
 through one of those. The sighted policies share their scripts with those that did, but not what the scripts are fed.
 """
 
