@@ -7,12 +7,14 @@ from typing import Any
 
 from hma_gym.errors import CheckpointError
 from hma_gym.tokenizers.protocol import Tokenizer, TokenizerConfig
+from hma_gym.tokenizers.published import AutoencoderConfig, AutoencoderTokenizer
 from hma_gym.tokenizers.soft import SoftConfig, SoftTokenizer
 from hma_gym.tokenizers.vq import VQConfig, VQTokenizer
 
 __all__ = ["SoftConfig", "SoftTokenizer", "Tokenizer", "TokenizerConfig", "VQConfig", "VQTokenizer", "build_tokenizer"]
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
+    "diffusers": lambda values: AutoencoderTokenizer(AutoencoderConfig.from_dict(values)),
     "soft": lambda values: SoftTokenizer(SoftConfig.from_dict(values)),
     "vq": lambda values: VQTokenizer(VQConfig.from_dict(values)),
 }
@@ -22,8 +24,8 @@ def build_tokenizer(config: Mapping[str, Any], expect: str | None = None) -> Tok
     """An untrained tokenizer of this config (``TokenizerConfig.to_dict``), ready for ``load_state_dict(strict=True)``.
 
     Args:
-        config: with the key ``kind``, ``"soft"`` or ``"vq"``.
-        expect: the kind that the caller's model works on, where it matters.
+        config: with the key ``kind``: ``"soft"`` or ``"vq"`` for our own, ``"diffusers"`` for a published autoencoder.
+        expect: the kind of token that the caller's model works on, ``"soft"`` or ``"vq"``, where it matters.
 
     Raises:
         CheckpointError: an unknown kind, another kind than expected, unknown or missing keys.
@@ -35,9 +37,10 @@ def build_tokenizer(config: Mapping[str, Any], expect: str | None = None) -> Tok
             f"tokenizer config must have a kind among {sorted(_BUILDERS)}, got {kind!r}; "
             "the checkpoint is damaged or was written by a newer hma_gym: update hma_gym or fetch it again"
         )
-    if expect is not None and kind != expect:
+    tokenizer = _BUILDERS[kind](config)
+    if expect is not None and tokenizer.kind != expect:
         raise CheckpointError(
-            f"the checkpoint's tokenizer is {kind!r} but its dynamics works on {expect!r} tokens: soft and vq parts "
-            "are not interchangeable; take tokenizer and dynamics from the same checkpoint"
+            f"the tokenizer makes {tokenizer.kind!r} tokens but its dynamics works on {expect!r} ones: soft "
+            "and vq parts are not interchangeable; take both from the same checkpoint"
         )
-    return _BUILDERS[kind](config)
+    return tokenizer

@@ -2,9 +2,9 @@
 
 The bottleneck is ``tanh``, with a little noise in training: neighbouring latents then decode to similar
 frames, which a dynamics model needs, since its predictions are never exact. Standardisation is measured on
-data after training (:meth:`SoftTokenizer.set_statistics`) and stored with the weights.
+data after training and stored with the weights (:mod:`hma_gym.tokenizers.standardised`).
 
-Shape legend: B batch, N tokens a frame, C channels, h w token grid.
+Shape legend: B batch, C channels, H W frame, h w token grid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.tokenizers.conv import ConvConfig, ConvTokenizer
-from hma_gym.tokenizers.protocol import check_frames, check_soft_tokens
+from hma_gym.tokenizers.standardised import StandardisedTokenizer
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,9 @@ class SoftConfig(ConvConfig):
             raise InvalidArgument(f"channels must be >= 1 and noise >= 0, got {self.channels} and {self.noise}")
 
 
-class SoftTokenizer(ConvTokenizer):
+class SoftTokenizer(StandardisedTokenizer, ConvTokenizer):
     """Frames (..., H, W, 3) uint8 to tokens (..., N, C) float of mean 0 and standard deviation 1 per channel."""
 
-    kind: ClassVar[str] = "soft"
     config: SoftConfig
 
     def __init__(self, config: SoftConfig, background_HWC: torch.Tensor | None = None) -> None:
@@ -51,8 +50,6 @@ class SoftTokenizer(ConvTokenizer):
         self.vocabulary = ()
         self.register_buffer("latent_mean_C", torch.zeros(config.channels))
         self.register_buffer("latent_std_C", torch.ones(config.channels))
-        self.latent_mean_C: torch.Tensor
-        self.latent_std_C: torch.Tensor
 
     def reconstruct(self, images_B3HW: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         latents_BChw = torch.tanh(self.to_latents(images_B3HW))
@@ -61,44 +58,8 @@ class SoftTokenizer(ConvTokenizer):
             latents_BChw = latents_BChw + noise
         return self.from_latents(latents_BChw)
 
-    @torch.no_grad()
-    def encode(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
-        check_frames(frames_BHWC, self.image_size)
-        latents_BChw = torch.tanh(self.to_latents(self.to_images(frames_BHWC.reshape(-1, *frames_BHWC.shape[-3:]))))
-        tokens_BNC = latents_BChw.flatten(2).transpose(1, 2)
-        tokens_BNC = (tokens_BNC - self.latent_mean_C) / self.latent_std_C
-        return tokens_BNC.reshape(*frames_BHWC.shape[:-3], self.tokens_per_frame, self.channels)
+    def frames_to_latents(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.to_latents(self.to_images(frames_BHWC)))
 
-    @torch.no_grad()
-    def decode(self, tokens_BNC: torch.Tensor) -> torch.Tensor:
-        check_soft_tokens(tokens_BNC, self.tokens_per_frame, self.channels)
-        latents_BNC = tokens_BNC.to(self.latent_std_C.dtype) * self.latent_std_C + self.latent_mean_C
-        latents_BNC = latents_BNC.reshape(-1, self.tokens_per_frame, self.channels).clamp(-1.0, 1.0)
-        latents_BChw = latents_BNC.transpose(1, 2).unflatten(2, self.grid)
-        frames_BHWC = self.to_frames(self.from_latents(latents_BChw))
-        return frames_BHWC.reshape(*tokens_BNC.shape[:-2], *self.image_size, 3)
-
-    @torch.no_grad()
-    def set_statistics(self, frames_BHWC: torch.Tensor, chunk: int = 512) -> None:
-        """Measures mean and standard deviation per channel on frames (B, H, W, 3) uint8, and stores them.
-
-        Afterwards ``encode`` of these frames has mean 0 and standard deviation 1 in each channel.
-        Raises InvalidArgument where a channel is constant on them.
-        """
-        check_frames(frames_BHWC, self.image_size)
-        total_C = torch.zeros(self.channels, dtype=torch.float64)
-        square_C = torch.zeros(self.channels, dtype=torch.float64)
-        for part_BHWC in frames_BHWC.split(chunk):
-            latents_BChw = torch.tanh(self.to_latents(self.to_images(part_BHWC))).double().cpu()
-            total_C += latents_BChw.sum((0, 2, 3))
-            square_C += latents_BChw.square().sum((0, 2, 3))
-        count = len(frames_BHWC) * self.tokens_per_frame
-        mean_C = total_C / count
-        std_C = (square_C / count - mean_C.square()).clamp(min=0.0).sqrt()
-        if not bool((std_C > 1e-5).all()):
-            raise InvalidArgument(
-                f"frames must vary in every latent channel, got standard deviations {std_C.tolist()}; "
-                "train the tokenizer first, or give more varied frames"
-            )
-        self.latent_mean_C.copy_(mean_C)
-        self.latent_std_C.copy_(std_C)
+    def latents_to_frames(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        return self.to_frames(self.from_latents(latents_BChw.clamp(-1.0, 1.0)))
