@@ -6,6 +6,7 @@ The file holds the fields of :class:`MPCOptions` that differ from their defaults
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def mpc_source(options: MPCOptions) -> PolicySource:
             batch=options.batch,
         )
 
-    digest = f"{loaded.digest[:16]}{'' if base is None else base.digest}"
+    told = json.dumps(dataclasses.asdict(options), sort_keys=True)
+    digest = hashlib.sha256(f"{told}{loaded.digest}{'' if base is None else base.digest}".encode()).hexdigest()[:16]
     family = f"mpc {options.planner}" if base is None else f"mpc {options.planner} over {base.family}"
     return PolicySource(family, make, digest)
