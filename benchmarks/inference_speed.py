@@ -49,7 +49,8 @@ from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.dynamics.sizes import named_model
 from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.evaluation.provenance import provenance
-from hma_gym.nn.precision import Precision, in_precision
+from hma_gym.nn.packed import packed
+from hma_gym.nn.precision import ModuleT, Precision, in_precision
 
 #: Widths of the paper's discrete models; 32 layers, 8 heads, 12 frames each.
 WIDTHS = {"base": 256, "xl": 1024}
@@ -70,6 +71,7 @@ class InferenceSpeedConfig:
         reference_attention: ``plain`` is its own code without xformers, ``fused`` its fast attention (xformers, or
             PyTorch's where that is not installed).
         precision: of our matrix products.
+        packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
         repeats, warmup: timed calls of each, and calls before.
         clock: ``wall``, or ``cpu`` for a shared machine.
         device: where the models run.
@@ -84,6 +86,7 @@ class InferenceSpeedConfig:
     reference: Path | None = None
     reference_attention: ReferenceAttention = "fused"
     precision: Precision = "float32"
+    packed: bool = False
     repeats: int = 5
     warmup: int = 1
     clock: Clock = "wall"
@@ -149,7 +152,14 @@ def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> 
             torch.manual_seed(0)
             head = MaskGITHeadConfig(grid=(config.side, config.side), vocabulary=(512, 512))
             model = PublishedModel(PublishedConfig(published_trunk(config.layers, width), head)).eval()
-    return in_precision(model.requires_grad_(False).to(config.device), config.precision)
+    return _prepared(config, model)
+
+
+def _prepared(config: InferenceSpeedConfig, model: ModuleT) -> ModuleT:
+    """A model on its device, in its precision, packed if asked for."""
+    model = in_precision(model.requires_grad_(False).to(config.device), config.precision)
+    positions = config.side**2 + 64
+    return packed(model, positions * config.batches[0]) if config.packed else model
 
 
 def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedState:
@@ -209,7 +219,7 @@ def _soft_models(config: InferenceSpeedConfig, name: str) -> Iterator[Dynamics]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = Dynamics(dataclasses.replace(named, trunk=trunk, head=head), [arm]).eval()
-        yield in_precision(model.requires_grad_(False).to(config.device), config.precision)
+        yield _prepared(config, model)
 
 
 def _soft_full(model: Dynamics, batch: int, device: torch.device) -> RolloutState:
@@ -324,7 +334,7 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
         (
             "# Inference speed of the paper's models",
             machine_lines(facts, config.clock),
-            f"Our matrix products in {config.precision}; reference: "
+            f"Our matrix products in {config.precision}{', weights packed' if config.packed else ''}; reference: "
             + ("none" if reference is None else f"its {config.reference_attention} attention, float32")
             + f". {config.layers} layers, {config.side} x {config.side} tokens and 64 action tokens a frame, 12 "
             "frames, 2 unmasking passes a frame.",

@@ -31,6 +31,7 @@ from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
+from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge
 from hma_gym.nn.precision import Precision
 from hma_gym.nn.transformer import Cache
 
@@ -177,6 +178,17 @@ def _trunk_work(world: LearnedWorld, state: RolloutState) -> tuple[Callable[[], 
     return call, float(counter.get_total_flops()), float(weights + keys)
 
 
+def _judging(judge: Judge | TokenJudge, frames_BKHWC: Tensor, tokens_B: Tensor) -> Callable[[], object]:
+    """What the judge does in one step."""
+    if isinstance(judge, TokenJudge):
+        tokens_BK = torch.stack([tokens_B] * judge.window, dim=1)
+        return lambda: judge.probability_of_tokens(tokens_BK)
+    if isinstance(judge, FrameCoder):
+        codes_BKD = torch.zeros(*frames_BKHWC.shape[:2], judge.code_size, device=frames_BKHWC.device)
+        return lambda: (judge.code(frames_BKHWC[:, -1]), judge.probability_of_codes(codes_BKD))
+    return lambda: judge.probability(frames_BKHWC)
+
+
 def profile_step(config: ProfileConfig, world: LearnedWorld, count: int) -> StepProfile:
     """Time the parts of a step of ``count`` environments, and the operations of its model step."""
     device = torch.device(config.device)
@@ -197,9 +209,8 @@ def profile_step(config: ProfileConfig, world: LearnedWorld, count: int) -> Step
             "trunk": trunk,
             "decoder": lambda: world.tokenizer.decode(state.tokens),
         }
-        judge = world.judge
-        if judge is not None:
-            calls["judge"] = lambda: judge.probability(frames)
+        if world.judge is not None:
+            calls["judge"] = _judging(world.judge, frames, state.tokens)
         timings = time_calls(calls, repeats=config.repeats, warmup=config.warmup, clock=config.clock, device=device)
         now = time.perf_counter if config.clock == "wall" else time.process_time
         with _Clockwork(now, device) as clockwork:

@@ -3,7 +3,9 @@
     hma-gym bench throughput
 
 - ``learned``: ``make_vec`` of the learned task with every frame decoded and judged, and with 8-step chunks of which the
-  last frame is; the same in bfloat16 with ``--precision bfloat16``;
+  last frame is; the same in bfloat16 (``--precisions float32 bfloat16``), with packed weights, through
+  ``torch.compile`` or as CUDA graphs (``--ways eager packed compiled graphs``), and with the judge that reads tokens
+  (``--judge feature``);
 - ``ground truth``: the same task in MuJoCo with images, one process a core, each stepping as fast as it can, resets
   included; and robosuite's own image path (``plain``), at the same image size;
 - how a step's cost grows with the rollout's length and with the model's context.
@@ -14,6 +16,7 @@ Writes ``<out>/throughput.json`` and ``.md``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import time
@@ -28,10 +31,14 @@ import torch
 
 from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
+from hma_gym.dynamics.compiled import with_compilation
 from hma_gym.dynamics.model import Dynamics
+from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
+from hma_gym.dynamics.steppers import CudaGraphs
 from hma_gym.envs.tasks import Task, get_task
 from hma_gym.envs.vector import HMAVectorEnv
+from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.extras import require
@@ -39,6 +46,7 @@ from hma_gym.metrics.statistics import Interval
 from hma_gym.nn.precision import Precision
 
 Renderer = Literal["ours", "plain"]
+Way = Literal["eager", "packed", "compiled", "graphs"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ class ThroughputConfig:
         envs: numbers of learned environments in one vector environment.
         chunk: steps of a chunk.
         precisions: of the learned world's matrix products.
+        ways: how its steps run; ``packed`` has the weights rearranged for the CPU, ``compiled`` compiles for each
+            number of environments first, ``graphs`` needs a GPU.
+        judge: ``classifier`` or ``feature``, the checkpoint's own; None takes the classifier where there is one.
         repeats, warmup: timed calls of each, and calls before.
         growth_repeats: the same of the single model steps whose costs are compared.
         early, late: steps of a rollout whose costs are compared.
@@ -71,6 +82,8 @@ class ThroughputConfig:
     envs: tuple[int, ...] = (1, 8, 32)
     chunk: int = 8
     precisions: tuple[Precision, ...] = ("float32",)
+    ways: tuple[Way, ...] = ("eager",)
+    judge: str | None = None
     repeats: int = 20
     warmup: int = 3
     growth_repeats: int = 50
@@ -97,10 +110,11 @@ class ThroughputConfig:
 
 @dataclass(frozen=True)
 class LearnedRow:
-    """One vector environment: its size, its precision, and how long a step and a chunk take."""
+    """One vector environment: its size, its precision, how its steps run, and how long a step and a chunk take."""
 
     envs: int
     precision: Precision
+    way: Way
     step: Timing
     chunk: Timing
     state_mb: float
@@ -144,20 +158,29 @@ def _checkpoint(config: ThroughputConfig, precision: Precision) -> Checkpoint:
     return checkpoint_in_precision(source, precision, config.device)
 
 
+def _world(config: ThroughputConfig, precision: Precision, way: Way, count: int) -> LearnedWorld:
+    checkpoint = _checkpoint(config, precision)
+    if way == "packed":
+        checkpoint = with_packed_weights(checkpoint, count)
+    elif way == "compiled":
+        checkpoint = with_compilation(checkpoint)
+    return LearnedWorld(checkpoint, judge=config.judge, stepper=CudaGraphs if way == "graphs" else None)
+
+
 def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
-    """All precisions at one number of environments, interleaved."""
+    """All precisions and ways at one number of environments, interleaved."""
     calls: dict[str, Callable[[], object]] = {}
-    sizes: dict[Precision, float] = {}
-    for precision in config.precisions:
-        envs = HMAVectorEnv(count, config.task, _checkpoint(config, precision), output="torch", render_mode=None)
+    sizes: dict[tuple[Precision, Way], float] = {}
+    for precision, way in itertools.product(config.precisions, config.ways):
+        envs = HMAVectorEnv(count, config.task, _world(config, precision, way, count), output="torch", render_mode=None)
         envs.reset(seed=0)
         envs.action_space.seed(0)
         action = torch.from_numpy(envs.action_space.sample()).to(config.device)
         actions = action[:, None].repeat(1, config.chunk, 1)
-        calls[f"step {precision}"] = lambda envs=envs, action=action: envs.step(action)  # type: ignore[misc]
-        calls[f"chunk {precision}"] = lambda envs=envs, actions=actions: envs.step_chunk(actions)  # type: ignore[misc]
+        calls[f"step {precision} {way}"] = lambda envs=envs, action=action: envs.step(action)  # type: ignore[misc]
+        calls[f"chunk {precision} {way}"] = lambda envs=envs, actions=actions: envs.step_chunk(actions)  # type: ignore[misc]
         tensors = envs.save_state()["tensors"].values()
-        sizes[precision] = sum(x.numel() * x.element_size() for x in tensors) / count / 1e6
+        sizes[precision, way] = sum(x.numel() * x.element_size() for x in tensors) / count / 1e6
     timings = time_calls(
         calls,
         repeats=config.repeats,
@@ -165,7 +188,10 @@ def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
         clock=config.clock,
         device=torch.device(config.device),
     )
-    return [LearnedRow(count, p, timings[f"step {p}"], timings[f"chunk {p}"], sizes[p]) for p in config.precisions]
+    return [
+        LearnedRow(count, p, way, timings[f"step {p} {way}"], timings[f"chunk {p} {way}"], size)
+        for (p, way), size in sizes.items()
+    ]
 
 
 # ------------------------------------------------------------------ the ground truth
@@ -285,8 +311,8 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
     parts = [
         "# Throughput of the learned and the true simulator",
         machine_lines(provenance(device), config.clock),
-        f"Task {config.task}, {size} x {size} pixels. One learned environment: state and cache as given; every frame "
-        f"decoded and judged in `step`, the last of {config.chunk} in `step_chunk`.",
+        f"Task {config.task}, {size} x {size} pixels, judge {config.judge or 'classifier'}. One learned environment: "
+        f"state and cache as given; every frame decoded and judged in `step`, the last of {config.chunk} in a chunk.",
         _learned_table(learned, config.chunk, best),
     ]
     if truth:
@@ -311,11 +337,10 @@ def _learned_table(rows: list[LearnedRow], chunk: int, best: float) -> str:
     for row in rows:
         step, chunks = row.step.rate(row.envs), row.chunk.rate(row.envs * chunk)
         latency = " / ".join(f"{1000 * t:.3g}" for t in (row.step.median.value, row.step.p90, row.step.p99))
-        lines.append(
-            [row.envs, row.precision, str(step), times(step), latency, str(chunks), times(chunks), row.state_mb]
-        )
+        learned = (row.envs, row.precision, row.way)
+        lines.append([*learned, str(step), times(step), latency, str(chunks), times(chunks), row.state_mb])
     truth = "times the fastest ground truth"
-    header = ("environments", "precision", "step: frames/s", truth, "ms a step: 50 / 90 / 99 %")
+    header = ("environments", "precision", "run", "step: frames/s", truth, "ms a step: 50 / 90 / 99 %")
     return markdown_table((*header, "chunk: frames/s", truth, "state MB each"), lines)
 
 

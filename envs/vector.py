@@ -303,6 +303,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                 "uncertainty": copy.uncertainty_N,
             },
             "hidden": copy.hidden_NF,
+            "steps": copy.step_N,
             "elapsed": self._episodes.elapsed_N.copy(),
             "over": self._episodes.over_N.copy(),
             "generators": [deepcopy(self._generator(i).bit_generator.state) for i in range(self.num_envs)],
@@ -327,7 +328,13 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         tensors = {name: tensor.to(device) for name, tensor in state["tensors"].items()}
         rollout = RolloutState(**{n: tensors[f"rollout.{n}"] for n in RolloutState.__dataclass_fields__})
         rows = Rows(
-            rollout, tensors["tokens"], tensors["frames"], tensors["codes"], tensors["uncertainty"], state["hidden"]
+            rollout,
+            tensors["tokens"],
+            tensors["frames"],
+            tensors["codes"],
+            tensors["uncertainty"],
+            state["hidden"],
+            state["steps"],
         )
         with torch.inference_mode():
             self._rows = rows.select(np.arange(self.num_envs))

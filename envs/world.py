@@ -13,7 +13,9 @@ agent_pos dims, A numbers of an action (action dims times stride).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from torch import Tensor
 
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.dynamics.model import Dynamics
-from hma_gym.dynamics.refresh import refreshed
+from hma_gym.dynamics.refresh import in_groups
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
+from hma_gym.dynamics.steppers import InOrder, Stepper
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.judges.classifier import ClassifierJudge
@@ -50,6 +53,7 @@ class Rows:
         uncertainty_N: how far the current frame may be wrong, 0 to 1 (see :mod:`hma_gym.dynamics.uncertainty`); 0 for
             real frames, and where the checkpoint is not calibrated.
         hidden_NF: host mask of frames that were not decoded yet.
+        step_N: int64, the rollouts' steps, on the host, so that nothing waits for the device to know them.
     """
 
     rollout: RolloutState
@@ -58,6 +62,7 @@ class Rows:
     codes_NFD: Tensor
     uncertainty_N: Tensor
     hidden_NF: Mask
+    step_N: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.hidden_NF)
@@ -77,6 +82,7 @@ class Rows:
             self.codes_NFD.index_select(0, index),
             self.uncertainty_N.index_select(0, index),
             self.hidden_NF[index_R],
+            self.step_N[index_R],
         )
 
     def put(self, index_R: NDArray[np.int64], other: Rows) -> None:
@@ -89,6 +95,7 @@ class Rows:
         self.codes_NFD.index_copy_(0, index, other.codes_NFD)
         self.uncertainty_N.index_copy_(0, index, other.uncertainty_N)
         self.hidden_NF[index_R] = other.hidden_NF
+        self.step_N[index_R] = other.step_N
 
     def reseed(self, seed_N: NDArray[np.int64]) -> Rows:
         """The same situations with other random numbers ahead."""
@@ -124,6 +131,8 @@ class LearnedWorld:
         judge: a judge, or the name of a registered one; ``classifier`` and ``feature`` are the checkpoint's own. None
             takes its classifier, if it has one.
         temperature, decode_steps: sampling, in place of the checkpoint's own settings.
+        stepper: makes what runs the model's steps, e.g. :class:`~hma_gym.dynamics.steppers.CudaGraphs`; None runs them
+            one operation after the other.
 
     Attributes:
         checkpoint, tokenizer, dynamics, judge, domain: the parts in use.
@@ -148,6 +157,7 @@ class LearnedWorld:
         judge: Judge | TokenJudge | str | None = None,
         temperature: float | None = None,
         decode_steps: int | None = None,
+        stepper: Callable[[Dynamics], Stepper] | None = None,
     ) -> None:
         if domain is None and len(checkpoint.dynamics.domains) > 1:
             raise InvalidArgument(
@@ -158,6 +168,7 @@ class LearnedWorld:
         self.tokenizer = checkpoint.tokenizer
         self.dynamics = _with_sampling(checkpoint.dynamics, temperature, decode_steps)
         self.judge: Judge | TokenJudge | None = checkpoint.judge if judge is None else _judge_of(checkpoint, judge)
+        self._stepper: Stepper = InOrder(self.dynamics) if stepper is None else stepper(self.dynamics)
         self._domain_index = 0 if domain is None else self.dynamics.domain_index(domain)
         self.domain = self.dynamics.domains[self._domain_index]
         self.device = self.dynamics.position_embedding.device
@@ -234,6 +245,7 @@ class LearnedWorld:
                 torch.cat((rows.codes_NFD[:, 1:], codes_RTD[:, t, None]), dim=1),
                 rows.uncertainty_N,
                 rows.hidden_NF,
+                rows.step_N + 1,
             )
         return rows
 
@@ -247,18 +259,37 @@ class LearnedWorld:
         frozen = np.flatnonzero(~active_N)
         kept = rows.select(frozen) if len(frozen) else None
         actions = self._pad(actions_NA, self.dynamics.action_size)
-        rollout, out = self.dynamics.step(rows.rollout, actions, in_place=True)
+        rollout, out = self._stepper.step(rows.rollout, actions)
         after = Rows(
-            refreshed(rollout, self.tokenizer, self.dynamics.config.refresh),
+            rollout,
             torch.cat((rows.tokens_NK[:, 1:], out.tokens[:, None]), dim=1),
             torch.cat((rows.frames_NFHWC[:, 1:], rows.frames_NFHWC[:, -1:]), dim=1),
             torch.cat((rows.codes_NFD[:, 1:], rows.codes_NFD[:, -1:]), dim=1),
             self._uncertainty(rollout, out),
             np.concatenate((rows.hidden_NF[:, 1:], np.ones_like(rows.hidden_NF[:, :1])), axis=1),
+            rows.step_N + 1,
         )
+        every = self.dynamics.config.refresh
+        if every and (due_R := np.flatnonzero(active_N & (after.step_N % every == 0))).size:
+            after = self._refreshed(after, due_R)
         if kept is not None:
             after.put(frozen, kept)
         return after
+
+    def _refreshed(self, rows: Rows, due_R: NDArray[np.int64]) -> Rows:
+        """Some rows' tokens after their round trip (see :mod:`hma_gym.dynamics.refresh`), which shows their frames."""
+
+        def read(tokens_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            frames_BHWC = self.tokenizer.decode(tokens_B)
+            return self.tokenizer.encode(frames_BHWC).to(tokens_B.dtype), frames_BHWC, self._codes(frames_BHWC)
+
+        index = torch.from_numpy(due_R).to(self.device)
+        tokens_R, frames_RHWC, codes_RD = in_groups(read, rows.rollout.tokens, due_R.tolist())
+        rows.frames_NFHWC[:, -1].index_copy_(0, index, frames_RHWC)
+        rows.codes_NFD[:, -1].index_copy_(0, index, codes_RD)
+        rows.hidden_NF[due_R, -1] = False
+        tokens = rows.rollout.tokens.index_copy(0, index, tokens_R)
+        return dataclasses.replace(rows, rollout=dataclasses.replace(rows.rollout, tokens=tokens))
 
     def see(self, rows: Rows, last: int) -> Rows:
         """Decode what is hidden of the ``last`` frames, at most F. Gives up ``rows``: their memory is used again."""
@@ -339,6 +370,7 @@ class LearnedWorld:
             codes_RD[:, None].repeat_interleave(kept, dim=1),
             torch.zeros(R, device=self.device),
             np.zeros((R, kept), dtype=bool),
+            np.zeros(R, dtype=np.int64),
         )
 
     def _pad(self, x: Tensor, size: int) -> Tensor:
@@ -427,7 +459,6 @@ def _with_sampling(dynamics: Dynamics, temperature: float | None, decode_steps: 
     changes = {name: value for name, value in changes.items() if value is not None}
     if not changes:
         return dynamics
-    with torch.random.fork_rng(devices=[]):
-        twin = Dynamics(dataclasses.replace(dynamics.config, **changes), dynamics.domains)
-    twin.to(dynamics.position_embedding.device).load_state_dict(dynamics.state_dict(), assign=True)
-    return twin.eval().requires_grad_(False)
+    twin = copy.copy(dynamics)  # its layers may be of another precision, or compiled
+    twin.config = dataclasses.replace(dynamics.config, **changes)
+    return twin

@@ -66,7 +66,19 @@ def _lacks_gpu() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
-REQUIREMENTS = {"gl": _lacks_gl, "robomimic": _lacks_robomimic, "browser": _lacks_browser, "gpu": _lacks_gpu}
+def _lacks_compiler() -> str:
+    from hma_gym.dynamics.compiled import lacks_compiler
+
+    return lacks_compiler()
+
+
+REQUIREMENTS = {
+    "gl": _lacks_gl,
+    "robomimic": _lacks_robomimic,
+    "browser": _lacks_browser,
+    "gpu": _lacks_gpu,
+    "compiler": _lacks_compiler,
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -36,10 +36,10 @@ from hma_gym.evaluation.policy_report import Run, write_report
 from hma_gym.evaluation.workers import Job, Stage, label_key, run_jobs
 from hma_gym.judges.human import LabelQueue
 from hma_gym.judges.labels import FILE_NAME
-from hma_gym.judges.registry import get_judge
+from hma_gym.judges.registry import get_step_judge
 from hma_gym.policies.loading import EpisodeSeed, PolicyFactory, load_policy, split_label
 
-CLASSIFIER, HUMAN = "classifier", "human"
+CLASSIFIER, FEATURE, HUMAN = "classifier", "feature", "human"
 LABELS_FOLDER = "labels"
 
 
@@ -53,9 +53,9 @@ class EvaluateConfig:
             ``python:MODULE:FUNCTION``, ``random``.
         envs: gymnasium ids of one task. A learned one is compared with the (first) ground truth among them.
         episodes: starts for each policy.
-        judge: who decides success in learned environments: ``classifier`` (the checkpoint's own), ``human`` (videos
-            wait in ``OUT/labels``; label them with hma-gym serve and repeat the command for the report), or the
-            name of a judge that an installed package registers. In ground truth the simulator decides.
+        judge: who decides success in learned environments: ``classifier`` or ``feature`` (the checkpoint's own),
+            ``human`` (videos wait in ``OUT/labels``; label them with hma-gym serve and repeat the command for the
+            report), or the name of a judge that an installed package registers. In ground truth the simulator decides.
         out: the run's folder.
         checkpoint: name, folder or hub id of the learned world and of the bank of starts; None for the task's own.
         first_start: the first start of the bank that is used.
@@ -253,19 +253,20 @@ def _make_plan(config: EvaluateConfig, more: Mapping[str, PolicyFactory]) -> _Pl
         )
     steps = config.steps or task.horizon
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    judge = None if config.judge in (CLASSIFIER, HUMAN) else get_judge(config.judge)
+    own = {CLASSIFIER: checkpoint.judge, HUMAN: checkpoint.judge, FEATURE: checkpoint.feature_judge}
+    judge = own[config.judge] if config.judge in own else get_step_judge(config.judge)
     learned_ids = [env for env, spec in specs.items() if spec.vector_entry_point is not None]
-    if learned_ids and judge is None and checkpoint.judge is None:
+    if learned_ids and judge is None:
         raise InvalidArgument(
-            f"checkpoint {checkpoint.name!r} has no judge, so nobody would decide success in {learned_ids}; name a "
-            "registered one with judge."
+            f"checkpoint {checkpoint.name!r} has no judge for judge={config.judge!r}, so nobody would decide success "
+            f"in {learned_ids}; name a registered one with judge."
         )
     stages = []
     for env, spec in specs.items():
         learned = spec.vector_entry_point is not None
         arguments: dict[str, Any] = {"obs_type": "pixels_agent_pos", "max_episode_steps": steps}
         arguments |= (
-            {"checkpoint": source_name, "judge": None if judge is None else config.judge}
+            {"checkpoint": source_name, "judge": None if config.judge in (CLASSIFIER, HUMAN) else config.judge}
             if learned
             else {"starts": source_name}
         )

@@ -13,7 +13,7 @@ from hma_gym.errors import InvalidArgument, UnknownName
 
 
 def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
-    config = InferenceSpeedConfig(batches=(1, 2), layers=1, side=2, repeats=2, out=tmp_path)
+    config = InferenceSpeedConfig(batches=(1, 2), layers=1, side=2, repeats=2, packed=True, out=tmp_path)
     data_path, table_path = inference_speed(config)
     data, text = json.loads(data_path.read_text()), table_path.read_text()
     assert [(row["batch"], row["engine"]) for row in data["rows"]] == [
@@ -21,7 +21,7 @@ def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
     ]
     assert all(row["timing"]["median"]["value"] > 0 for row in data["rows"])
     assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
-    assert text.count("| base |") == 6
+    assert text.count("| base |") == 6 and "weights packed" in text
 
 
 def test_the_soft_models_run_with_either_head(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
         envs=(1, 2),
         chunk=2,
         precisions=("float32", "bfloat16"),
+        ways=("eager", "packed"),
         repeats=2,
         growth_repeats=3,
         early=2,
@@ -75,8 +76,11 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
         out=tmp_path,
     )
     data, text = _read(throughput(config))
-    assert [(row["envs"], row["precision"]) for row in data["learned"]] == [
-        (envs, precision) for envs in (1, 2) for precision in ("float32", "bfloat16")
+    assert [(row["envs"], row["precision"], row["way"]) for row in data["learned"]] == [
+        (envs, precision, way)
+        for envs in (1, 2)
+        for precision in ("float32", "bfloat16")
+        for way in ("eager", "packed")
     ]
     assert [(row["what"], row["at"]) for row in data["growth"]] == [
         ("step", 2),

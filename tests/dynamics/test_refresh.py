@@ -11,7 +11,7 @@ from toy_checkpoint import ACTION_DIM, toy_checkpoint
 
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
-from hma_gym.dynamics.refresh import refreshed
+from hma_gym.dynamics.refresh import in_groups, refreshed
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.open_loop import generate
@@ -35,6 +35,42 @@ def test_only_the_rows_whose_step_is_due_make_the_round_trip() -> None:
     assert not torch.allclose(round_trip, tokens)
     assert torch.equal(after.tokens[[0, 2]], round_trip[[0, 2]]) and torch.equal(after.tokens[1], tokens[1])
     assert refreshed(state, checkpoint.tokenizer, 0) is state and refreshed(state, checkpoint.tokenizer, 5) is state
+
+
+def test_who_else_is_due_changes_no_bit() -> None:
+    checkpoint = _checkpoint(2)
+    tokens = checkpoint.tokenizer.encode(torch.from_numpy(checkpoint.starts.frames_NHWC))[torch.arange(20) % 6] + 0.5
+    sizes = []
+
+    def trip(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(part))
+        frames = checkpoint.tokenizer.decode(part)
+        return checkpoint.tokenizer.encode(frames), frames
+
+    together, frames = in_groups(trip, tokens[:18], range(18))
+    assert sizes == [4, 4, 4, 4, 2] and len(together) == len(frames) == 18
+    for due in ([3], [0, 3, 17], list(range(2, 14))):
+        alone, shown = in_groups(trip, tokens[:18], due)
+        assert torch.equal(alone, together[due]) and torch.equal(shown, frames[due])
+    assert sizes[5:8] == [4, 4, 2]  # where few are due, little is done
+
+
+def test_a_neighbour_that_resets_changes_no_bit() -> None:
+    """Once a row is out of step with the others, they make the round trip at different times."""
+    shown = {}
+    actions = np.random.default_rng(0).uniform(-1, 1, (9, 3, ACTION_DIM)).astype(np.float32)
+    for busy in (False, True):
+        envs = HMAVectorEnv(3, checkpoint=_checkpoint(3))
+        envs.reset(seed=0)
+        frames = []
+        for t in range(9):
+            if busy and t == 4:
+                envs.reset(options={"reset_mask": np.array([False, True, False])})
+            observations, _, _, _, infos = envs.step(actions[t])
+            frames.append((observations[[0, 2]], infos["success_probability"][[0, 2]]))
+        shown[busy] = frames
+    for (quiet, said), (other, said_too) in zip(shown[False], shown[True], strict=True):
+        assert np.array_equal(quiet, other) and np.array_equal(said, said_too)
 
 
 def test_environments_and_open_loop_refresh_alike() -> None:

@@ -49,7 +49,7 @@ def _tokens(*shape: int) -> Tensor:
 
 def _with_feature_judge(judge: bool = True) -> Checkpoint:
     checkpoint = toy_checkpoint(judge=judge)
-    config = FeatureConfig(window=3, tokens=25, channels=4, hidden=16, width=8, threshold=0.5)
+    config = FeatureConfig(window=3, tokens=25, channels=4, hidden=16, width=8, threshold=0.05)
     return dataclasses.replace(checkpoint, feature_judge=_judge(config))
 
 
@@ -153,15 +153,15 @@ def test_what_it_says_in_an_environment_is_what_it_says_of_the_tokens() -> None:
 
 def test_success_that_tokens_show_ends_an_episode_with_its_picture() -> None:
     world = LearnedWorld(_with_feature_judge(), judge="feature")
-    actions = np.random.default_rng(0).uniform(-1, 1, (N, 12, ACTION_DIM)).astype(np.float32)
+    actions = np.random.default_rng(0).uniform(-1, 1, (N, 8, ACTION_DIM)).astype(np.float32)
     envs, plain = (
         HMAVectorEnv(N, checkpoint=world, terminate_on_success=end, autoreset_mode="Disabled") for end in (True, False)
     )
-    envs.reset(seed=3)
+    envs.reset(seed=0)
     chunk = envs.step_chunk(actions)
     assert chunk.terminations.any() and not chunk.terminations.all()
     i = int(np.flatnonzero(chunk.terminations)[0])
-    plain.reset(seed=3)
+    plain.reset(seed=0)
     for t in range(int(chunk.steps[i])):
         observations, rewards, _, _, _ = plain.step(actions[:, t])
     assert rewards[i] == 1.0 and np.array_equal(chunk.observations[i], observations[i])

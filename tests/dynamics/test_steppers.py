@@ -1,0 +1,174 @@
+"""Compiled networks and CUDA graphs are chosen by name, reported, and show what one operation after the other shows."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+from toy_checkpoint import toy_checkpoint, toy_domain
+
+from hma_gym.dynamics import compiled as module
+from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.compiled import with_compilation
+from hma_gym.dynamics.packed import with_packed_weights
+from hma_gym.dynamics.precision import with_precision
+from hma_gym.dynamics.rollout import RolloutState, StepOutput
+from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Stepper
+from hma_gym.envs.vector import HMAVectorEnv
+from hma_gym.envs.world import LearnedWorld
+from hma_gym.errors import InvalidArgument
+from hma_gym.nn.packed import PackedLinear, packed
+from hma_gym.nn.precision import Precision, in_precision
+from hma_gym.nn.transformer import SpaceTimeTransformer, TrunkConfig, gelu
+
+N = 2
+
+
+def _steps(checkpoint: Checkpoint, stepper: Stepper, count: int = 7) -> list[tuple[RolloutState, StepOutput]]:
+    """States and outputs of some steps of N rollouts, more than the window holds."""
+    device = checkpoint.dynamics.position_embedding.device
+    starts = checkpoint.starts
+    tokens = checkpoint.tokenizer.encode(torch.from_numpy(starts.frames_NHWC[:N]).to(device))
+    pose = torch.from_numpy(starts.agent_pos_NP[:N]).to(device)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    with torch.inference_mode():
+        state = checkpoint.dynamics.start(tokens, pose, torch.arange(N))
+        for _ in range(count):
+            action = (2 * torch.rand(N, checkpoint.dynamics.action_size, generator=generator) - 1).to(device)
+            state, out = stepper.step(state, action)
+            found.append((state.clone(), out))
+    return found
+
+
+def _assert_alike(theirs: list[tuple[RolloutState, StepOutput]], ours: list[tuple[RolloutState, StepOutput]]) -> None:
+    for pair, other in zip(theirs, ours, strict=True):
+        for part, again in zip(pair, other, strict=True):
+            for field in dataclasses.fields(part):  # type: ignore[arg-type]
+                expected, got = getattr(part, field.name), getattr(again, field.name)
+                assert torch.allclose(got.float(), expected.float(), atol=1e-4, rtol=1e-4), field.name
+
+
+def test_compiled_equals_eager(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced by the compiler, but run without its C++ back end, which takes half a minute for all of it.
+    monkeypatch.setattr(module, "lacks_compiler", lambda: "")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    fast = with_compilation(toy)
+    assert fast.provenance["compiled"] is True and "compiled" not in toy.provenance
+    torch._dynamo.utils.counters.clear()
+    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for all blocks, one for the flow
+    tokens = toy.tokenizer.encode(torch.from_numpy(toy.starts.frames_NHWC[:N]))
+    with torch.inference_mode():
+        shown, again = (checkpoint.tokenizer.decode(tokens).int() for checkpoint in (toy, fast))
+    assert int((shown - again).abs().max()) <= 1
+    with pytest.raises(InvalidArgument, match="compiled already"):
+        with_compilation(fast)
+
+
+@pytest.mark.compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside the compiler itself
+def test_compiled_blocks_equal_eager_ones() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk = SpaceTimeTransformer(TrunkConfig(layers=2, width=16, heads=2, window=3, mlp_ratio=1.0))
+    fast = copy.deepcopy(trunk)
+    fast.compile_extend()
+    caches = [trunk.new_cache(2, 3, torch.device("cpu"), torch.float32) for _ in range(2)]
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(2, 1, 3, 16, generator=generator)
+        modulation = 0.1 * torch.randn(2, 1, 2, 6, 16, generator=generator)
+        with torch.inference_mode():
+            expected, caches[0] = trunk.extend(x, modulation, caches[0], 1)
+            got, caches[1] = fast.extend(x, modulation, caches[1], 1)
+        assert torch.allclose(got, expected, atol=1e-5)
+        assert torch.allclose(caches[1].keys_BLWND, caches[0].keys_BLWND, atol=1e-5)
+
+
+def test_a_missing_compiler_is_named(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    with pytest.raises(InvalidArgument, match=r"no C\+\+ compiler here: apt-get install"):
+        with_compilation(toy)
+
+
+def test_other_sampling_keeps_the_precision(toy: Checkpoint) -> None:
+    low = with_precision(toy, "bfloat16")
+    world = LearnedWorld(low, temperature=0.0, decode_steps=2)
+    assert (world.dynamics.config.temperature, world.dynamics.config.decode_steps) == (0.0, 2)
+    assert low.dynamics.config.temperature == toy.dynamics.config.temperature == 1.0
+    envs = HMAVectorEnv(N, checkpoint=world)
+    envs.reset(seed=0)
+    frames = [envs.step(envs.action_space.sample())[0] for _ in range(2)]
+    assert frames[0].shape == (N, 40, 40, 3)
+
+
+def test_cuda_graphs_need_one_domain_on_a_gpu(toy: Checkpoint) -> None:
+    with pytest.raises(InvalidArgument, match="device 'cpu' and 1 domains"):
+        LearnedWorld(toy, stepper=CudaGraphs)
+
+
+def test_packed_weights_equal_plain_ones(toy: Checkpoint) -> None:
+    fast = with_packed_weights(toy, num_envs=N)
+    assert fast.provenance["packed"] is True and "packed" not in toy.provenance
+    linear = [part for part in fast.dynamics.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linear) > 10 and all(type(part) is PackedLinear for part in linear)
+    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)))
+    with pytest.raises(InvalidArgument, match="packed weights already"):
+        with_packed_weights(fast, num_envs=N)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_packed_layer_is_the_layer(precision: Precision, bias: bool, rows: int) -> None:
+    layer = in_precision(torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias)).requires_grad_(False), precision)
+    x = torch.randn(2, 24, rows, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    said = packed(layer, rows)(x)
+    assert said.dtype == torch.float32 and said.shape == (2, rows, 40)
+    assert torch.allclose(said, layer(x), atol=1e-5 if precision == "float32" else 2e-2)
+
+
+def test_packing_is_for_cpus() -> None:
+    with pytest.raises(InvalidArgument, match=r"weights on \['meta'\]"):
+        packed(torch.nn.Linear(3, 4, device="meta"), rows=8)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_without_gradients_is_gelu(approximate: str) -> None:
+    x = torch.cat((torch.linspace(-12, 12, 999), torch.tensor([-1e4, 1e4])))
+    expected = torch.nn.functional.gelu(x, approximate=approximate)
+    assert torch.equal(gelu(x, approximate), expected)
+    with torch.no_grad():
+        assert torch.allclose(gelu(x, approximate), expected, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_equal_one_operation_after_the_other() -> None:
+    checkpoint = toy_checkpoint().to("cuda")
+    graphs = CudaGraphs(checkpoint.dynamics)
+    expected = _steps(checkpoint, InOrder(checkpoint.dynamics))
+    _assert_alike(expected, _steps(checkpoint, graphs))
+    _assert_alike(expected, _steps(checkpoint, graphs))  # another rollout in the same graph's memory
+    with pytest.raises(InvalidArgument, match="2 domains"):
+        CudaGraphs(toy_checkpoint(toy_domain("a"), toy_domain("b")).to("cuda").dynamics)
+
+
+def test_a_world_runs_the_stepper_that_it_is_given(toy: Checkpoint) -> None:
+    class Counting(InOrder):
+        calls = 0
+
+        def step(self, state: RolloutState, action_BA: torch.Tensor) -> tuple[RolloutState, StepOutput]:
+            Counting.calls += 1
+            return super().step(state, action_BA)
+
+    envs, plain = (HMAVectorEnv(N, checkpoint=LearnedWorld(toy, stepper=kind)) for kind in (Counting, None))
+    for each in (envs, plain):
+        each.reset(seed=0)
+        each.action_space.seed(0)
+    for _ in range(3):
+        assert (envs.step(envs.action_space.sample())[0] == plain.step(plain.action_space.sample())[0]).all()
+    assert Counting.calls == 3
