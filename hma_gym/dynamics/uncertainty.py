@@ -191,8 +191,8 @@ def fit_uncertainty(
     )
     score = Uncertainty(config)
     fitted = _ridge(inputs_ETD.flatten(0, 1), target_ET.flatten(), best[1])
-    for name, value in zip(("mean_D", "std_D", "weight_D"), fitted, strict=True):
-        score.get_buffer(name).copy_(value)
+    for name, found in zip(("mean_D", "std_D", "weight_D"), fitted, strict=True):
+        score.get_buffer(name).copy_(found)
     score.centre_F.copy_(centre)
     score.whitening_FW.copy_(whitening)
     return score.eval()

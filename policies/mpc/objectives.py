@@ -64,6 +64,8 @@ class ReachAndLift:
         rest_height: of the cube's centre on the table (m).
         lift_height: how far above that counts as lifted (m).
         at_end: share of the last step in the value; the rest is the mean over all steps.
+        upright: weight of the hand's tilt (squared sine of half the angle from pointing down): a model that saw upright
+            hands has strange ideas of others.
         calm: weight of the mean squared change from one action to the next. The data's hands do not twitch, and what
             the model makes of twitches is not to be trusted, least of all in a gripper that holds something.
     """
@@ -71,6 +73,7 @@ class ReachAndLift:
     rest_height: float = 0.822
     lift_height: float = 0.05
     at_end: float = 0.5
+    upright: float = 5.0
     calm: float = 0.05
 
     def __call__(self, futures: Futures) -> Tensor:
@@ -94,7 +97,8 @@ class ReachAndLift:
         # Closing pays around the cube only; elsewhere an open hand does.
         grip_BH = around_BH * (1 - opening_BH) + (1 - around_BH) * 0.5 * opening_BH
         height_BH = ((cube[..., 2] - self.rest_height) / self.lift_height).clamp(0, 1)
-        value_BH = near_BH + 0.4 * grip_BH + 3.0 * height_BH
+        tilt_BH = futures.agent_pos_BHP[..., 5:7].square().sum(dim=-1)  # z and w of a hand that points down are 0
+        value_BH = near_BH + 0.4 * grip_BH + 3.0 * height_BH - self.upright * tilt_BH
         twitch_BH = futures.actions_BHA.diff(dim=1).square().mean(dim=2)
         twitch_B = twitch_BH.mean(dim=1) if twitch_BH.shape[1] else torch.zeros_like(value_BH[:, 0])
         return self.at_end * value_BH[:, -1] + (1 - self.at_end) * value_BH.mean(dim=1) - self.calm * twitch_B

@@ -20,6 +20,7 @@ from torch import Tensor
 from hma_gym.policies.protocol import Observation
 
 StateT = TypeVar("StateT")
+GivenStateT = TypeVar("GivenStateT", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ Objective = Callable[[Futures], Tensor]
 """The value of each plan, (B,) float, higher is better: any function of the futures."""
 
 
-class Proposer(Protocol[StateT]):
+class Proposer(Protocol[GivenStateT]):
     """Candidates that do not come from noise."""
 
-    def propose(self, state: StateT, before: Observation | None, observation: Observation, step: int) -> Tensor:
+    def propose(self, state: GivenStateT, before: Observation | None, observation: Observation, step: int) -> Tensor:
         """Plans (N, K, H, A) from here.
 
         Args:

@@ -210,7 +210,7 @@ def clone_policy(
         aim = torch.from_numpy(actions[rows]).to(model.device)
         loss = nn.functional.smooth_l1_loss(_mean_action(model, tensors), aim, beta=0.1)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
