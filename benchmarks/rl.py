@@ -27,8 +27,8 @@ from hma_gym.collection.collect import CollectConfig, Ingredient, collect
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.policies import EvaluateConfig, evaluate
 from hma_gym.evaluation.provenance import provenance
+from hma_gym.learning.rl import RLOptions, train_rl
 from hma_gym.metrics.statistics import Interval, bootstrap_interval
-from hma_gym.training.recipes.rl import RLOptions, train_rl
 
 TRUTH, DREAM = "GroundTruth-Lift-v0", "HMA-Lift-v0"
 DEMONSTRATION_SEED = 7002
@@ -45,7 +45,7 @@ class RlConfig:
         algorithm: ``ppo`` or ``sac``.
         demonstrations: how many episodes of the script are cloned; competence: of the script.
         clone_steps, steps, num_envs, evaluate_every, episodes, horizon, shaping, uncertainty_weight: see
-            :class:`~hma_gym.training.recipes.rl.RLOptions`.
+            :class:`~hma_gym.learning.rl.RLOptions`.
         seeds: one run each.
         test_episodes: starts of the comparison before and after; they follow those of the runs' own evaluations.
         gap_limit: of the exploitation gap at the stopping point.

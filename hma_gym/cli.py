@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train rl": Command(
         "improve a policy by reinforcement learning in the learned world",
-        "hma_gym.training.recipes.rl",
+        "hma_gym.learning.rl",
         "RLOptions",
         "train_rl",
     ),

@@ -18,8 +18,8 @@ from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.envs.sb3 import make_sb3_env
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import DatasetError, InvalidArgument, ResumeError
+from hma_gym.learning.rl import RLOptions, Score, clone_policy, make_model
 from hma_gym.policies.loading import EpisodeSeed, load_policy
-from hma_gym.training.recipes.rl import RLOptions, Score, clone_policy, make_model
 
 pytest.importorskip("stable_baselines3")
 
@@ -107,7 +107,7 @@ def test_the_gap_is_measured_in_ground_truth(tmp_path: Path, lift_folder: Path) 
         episodes=1,
         progress=False,
     )
-    from hma_gym.training.recipes.rl import train_rl
+    from hma_gym.learning.rl import train_rl
 
     path = train_rl(options)
     assert path.name == "step-0000002.zip"

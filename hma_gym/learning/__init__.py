@@ -1,0 +1,1 @@
+"""Learning by doing: reinforcement learning in the learned world. It needs Gymnasium and the extra ``rl``."""
