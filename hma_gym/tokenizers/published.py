@@ -72,7 +72,7 @@ class AutoencoderTokenizer(StandardisedTokenizer):
         try:
             self.autoencoder: nn.Module = kind.from_config(dict(config.settings))
             with torch.device("meta"):
-                probe = kind.from_config(dict(config.settings)).eval()
+                probe = kind.from_config(dict(config.settings)).eval().to("meta")  # some weights ignore the context
             frame_B3HW = torch.zeros(1, 3, *config.image_size, device="meta")
             shape, back = _probe(probe, frame_B3HW, AUTOENCODERS[config.model])
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
@@ -148,7 +148,7 @@ def load_autoencoder(
     library = _library()
     where = str(source) if subfolder is None else f"{source}/{subfolder}"
     try:
-        settings = library.ConfigMixin.load_config(str(source), subfolder=subfolder)
+        settings = library.AutoencoderKL.load_config(str(source), subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"autoencoder {where!r} must be a folder or hub id with a config.json of diffusers: {error}; name its "
