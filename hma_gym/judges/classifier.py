@@ -87,7 +87,8 @@ class ClassifierJudge(TrainedJudge):
 
     def _codes(self, frames_BCHW: Tensor) -> Tensor:
         """Each frame alone: (B, D)."""
-        return F.gelu(self.project(self.encoder(frames_BCHW).flatten(1)))
+        codes_BD: Tensor = F.gelu(self.project(self.encoder(frames_BCHW).flatten(1)))
+        return codes_BD
 
     def _read_codes(self, codes_BKD: Tensor) -> tuple[Tensor, Tensor]:
         mixed_BD = F.gelu(self.mix(codes_BKD.transpose(1, 2)).squeeze(-1))

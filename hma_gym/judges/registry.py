@@ -41,24 +41,13 @@ def get_judge(judge: str | Judge) -> Judge:
         UnknownName: no such name in this process or among the installed entry points.
         InvalidArgument: what was given or made is not a judge, or judges whole episodes only.
     """
-    made, origin = _make(judge)
-    if isinstance(made, Judge):
-        return made
-    if isinstance(made, EpisodeJudge):
-        raise InvalidArgument(
-            f"{origin} must judge the last frames, step by step, and {made.name!r} judges whole episodes only; use it "
-            "on finished episodes (get_episode_judge), and another one here."
-        )
-    raise InvalidArgument(
-        f"{origin} must have name, window, threshold and probability(frames_BKHWC), got "
-        f"{type(made).__name__}; see hma_gym.judges.protocol.Judge."
-    )
+    return _streaming(*_make(judge))
 
 
 def get_step_judge(judge: str | Judge | TokenJudge) -> Judge | TokenJudge:
     """As :func:`get_judge`, and judges that read tokens too: for learned worlds, which have both."""
-    made, _ = _make(judge)
-    return made if isinstance(made, TokenJudge) else get_judge(judge)
+    made, origin = _make(judge)
+    return made if isinstance(made, TokenJudge) else _streaming(made, origin)
 
 
 def get_episode_judge(judge: str | Judge | EpisodeJudge) -> EpisodeJudge:
@@ -94,3 +83,18 @@ def _make(judge: str | Judge | TokenJudge | EpisodeJudge) -> tuple[object, str]:
             f"A package offers one through the entry point group {ENTRY_POINT_GROUP!r}.",
         )
     return points[0].load()(), f"judge {judge!r}"
+
+
+def _streaming(made: object, origin: str) -> Judge:
+    """What was made, if it judges frames step by step."""
+    if isinstance(made, Judge):
+        return made
+    if isinstance(made, EpisodeJudge):
+        raise InvalidArgument(
+            f"{origin} must judge the last frames, step by step, and {made.name!r} judges whole episodes only; use it "
+            "on finished episodes (get_episode_judge), and another one here."
+        )
+    raise InvalidArgument(
+        f"{origin} must have name, window, threshold and probability(frames_BKHWC), got "
+        f"{type(made).__name__}; see hma_gym.judges.protocol.Judge."
+    )
