@@ -80,14 +80,14 @@ class DiffusionHeadConfig(SoftHeadConfig):
         flow_steps: DDIM steps.
         train_steps: noise levels in training.
         predicts: ``latent`` diffuses the tokens themselves, as the paper does; ``residual`` what the mean leaves over.
-        clip: bound on the clean sample that a DDIM step reckons with, in standard deviations.
+        clip: bound on the clean sample that a DDIM step reckons with, in standard deviations (tails are heavy).
         action_layers: depth of an MLP for each domain that diffuses its actions (Eq. 3); 0 for a linear read-out.
     """
 
     flow_steps: int = 100
     train_steps: int = 1000
     predicts: Literal["latent", "residual"] = "residual"
-    clip: float = 8.0
+    clip: float = 12.0
     action_layers: int = 0
 
     def __post_init__(self) -> None:
