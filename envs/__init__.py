@@ -5,6 +5,7 @@
 * :mod:`~hma_gym.envs.autoreset`, :mod:`~hma_gym.envs.starts`, :mod:`~hma_gym.envs.actions`,
   :mod:`~hma_gym.envs.outputs`: when episodes end, where they begin, which actions are valid, how results go out;
 * :mod:`~hma_gym.envs.ground_truth`, :mod:`~hma_gym.envs.simulation`, :mod:`~hma_gym.envs.rendering`: MuJoCo;
+* :mod:`~hma_gym.envs.sb3`, :mod:`~hma_gym.envs.robomimic_env`: learned environments for other packages;
 * :mod:`~hma_gym.envs.tasks`, :mod:`~hma_gym.envs.spaces`: what both have in common.
 
 Nothing is imported here: ``import hma_gym`` must not import torch.

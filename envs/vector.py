@@ -73,7 +73,8 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
     Observations are uint8 images (N, H, W, 3), or a dict with these under ``pixels`` and with ``agent_pos`` (N, P)
     float32, which the model predicts. The first observation of an episode is a real frame. Rewards are 1.0 where the
     judge sees success in the current frame, else 0.0. Infos of reset and step have ``is_success`` (bool) and
-    ``success_probability`` (float); a checkpoint without a judge gives neither, and no reward.
+    ``success_probability`` (float); a checkpoint without a judge gives neither, and no reward. A calibrated one also
+    gives ``uncertainty``: the probability that the frame's error is large (see :mod:`hma_gym.dynamics.uncertainty`).
 
     Environment i of ``reset(seed=s)`` is seeded s + i and equals the single environment with that seed (to float
     rounding: batches of different size round differently); what its neighbours do does not change it in any bit.

@@ -10,7 +10,7 @@
 """
 
 from hma_gym.policies.mpc.learned import LearnedDynamics
-from hma_gym.policies.mpc.objectives import Cautious, GoalImage, JudgedSuccess, ReachAndLift
+from hma_gym.policies.mpc.objectives import Cautious, GoalImage, JudgedByTokens, JudgedSuccess, ReachAndLift
 from hma_gym.policies.mpc.planners import CEM, ICEM, MPPI, Plan, Problem, first_plan
 from hma_gym.policies.mpc.policy import MPCPolicy, imagine
 from hma_gym.policies.mpc.proposals import PolicyProposals
@@ -24,6 +24,7 @@ __all__ = [
     "Futures",
     "GoalImage",
     "Imagined",
+    "JudgedByTokens",
     "JudgedSuccess",
     "LearnedDynamics",
     "MPCPolicy",

@@ -18,14 +18,14 @@ from hma_gym.dynamics.precision import with_precision
 from hma_gym.errors import CheckpointError, InvalidArgument, UnknownName
 from hma_gym.policies.loading import EpisodeSeed, PolicySource, load_policy
 from hma_gym.policies.mpc.learned import LearnedDynamics
-from hma_gym.policies.mpc.objectives import Cautious, JudgedSuccess, ReachAndLift
+from hma_gym.policies.mpc.objectives import Cautious, JudgedByTokens, JudgedSuccess, ReachAndLift
 from hma_gym.policies.mpc.planners import CEM, ICEM, MPPI, Planner
 from hma_gym.policies.mpc.policy import MPCPolicy
 from hma_gym.policies.mpc.proposals import PolicyProposals
 from hma_gym.policies.mpc.protocol import Objective
 
 PLANNERS: dict[str, type[CEM] | type[ICEM] | type[MPPI]] = {"cem": CEM, "icem": ICEM, "mppi": MPPI}
-OBJECTIVES = ("auto", "judge", "lift")
+OBJECTIVES = ("auto", "judge", "feature", "lift")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class MPCOptions:
         checkpoint: name, folder or hub id of the model to plan with.
         planner: ``cem``, ``icem`` or ``mppi``.
         search: the planner's own arguments, e.g. ``{"samples": 64, "rounds": 2}``.
-        objective: ``lift`` (hand to cube, and up), ``judge`` (its probability of success at the plan's end), or
-            ``auto``: ``lift`` for that task where the model predicts the cube's place, else ``judge``.
+        objective: ``lift`` (hand to cube, and up), ``judge`` (its probability of success at the plan's end),
+            ``feature`` (the same of the judge that reads tokens), or ``auto``: ``lift`` for that task where the model
+            predicts the cube's place, else ``judge``.
         uncertainty_weight: penalty for steps that the model is unsure of.
         policy: whose plans are tried too, see :mod:`hma_gym.policies.loading`; None for noise alone.
         proposals: how many plans of the policy.
@@ -49,7 +50,7 @@ class MPCOptions:
     checkpoint: str = "lift-64"
     planner: Literal["cem", "icem", "mppi"] = "icem"
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
-    objective: Literal["auto", "judge", "lift"] = "auto"
+    objective: Literal["auto", "judge", "feature", "lift"] = "auto"
     uncertainty_weight: float = 0.0
     policy: str | None = None
     proposals: int = 8
@@ -107,6 +108,13 @@ def mpc_source(options: MPCOptions) -> PolicySource:
         options.objective == "auto" and loaded.task == "lift" and dynamics.domain.target_dim >= 3
     ):
         objective = ReachAndLift()
+    elif options.objective == "feature":
+        if loaded.feature_judge is None:
+            raise CheckpointError(
+                f"checkpoint {loaded.name!r} has no feature judge to plan on; choose another objective, or train one: "
+                "hma-gym train feature-judge."
+            )
+        objective = JudgedByTokens(loaded.feature_judge)
     elif loaded.judge is None:
         raise CheckpointError(
             f"checkpoint {loaded.name!r} has no judge to plan on; choose another objective, or train a judge."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.judges.protocol import Judge
+from hma_gym.judges.protocol import Judge, TokenJudge
 from hma_gym.policies.mpc.protocol import Futures, Objective
 
 
@@ -27,6 +27,17 @@ class JudgedSuccess:
     def __call__(self, futures: Futures) -> Tensor:
         """(B,) in [0, 1]."""
         return self.judge.probability(futures.frames(self.judge.window))
+
+
+@dataclass(frozen=True)
+class JudgedByTokens:
+    """The same of a judge that reads tokens: nothing is decoded."""
+
+    judge: TokenJudge
+
+    def __call__(self, futures: Futures) -> Tensor:
+        """(B,) in [0, 1]."""
+        return self.judge.probability_of_tokens(futures.window(self.judge.window))
 
 
 @dataclass(frozen=True)

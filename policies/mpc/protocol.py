@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,12 +66,14 @@ class Futures:
 
         Of a plan shorter than that, the first imagined frame stands for those before it.
         """
-        tokens = self.tokens[:, -last:]
-        decoded = self.decode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
-        missing = last - tokens.shape[1]
-        if not missing:
-            return decoded
-        return decoded[:, [0] * missing + list(range(tokens.shape[1]))]
+        tokens = self.window(last)
+        return self.decode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+    def window(self, last: int) -> Tensor:
+        """The tokens of these frames, (B, F, S...)."""
+        steps = self.tokens.shape[1]
+        index = torch.arange(steps - last, steps, device=self.tokens.device).clamp_min(0)
+        return self.tokens[:, index]
 
 
 class PlanningDynamics(Protocol[StateT]):

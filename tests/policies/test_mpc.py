@@ -25,6 +25,7 @@ from hma_gym.policies.mpc import (
     Cautious,
     Futures,
     GoalImage,
+    JudgedByTokens,
     JudgedSuccess,
     LearnedDynamics,
     MPCPolicy,
@@ -220,6 +221,19 @@ def test_too_many_observations_are_noticed(toy: Checkpoint) -> None:
         LearnedDynamics(toy).resume({"world": ("other", "123"), "tensors": {}})
 
 
+class Reader:
+    """A judge of tokens: the mean of the oldest of five frames."""
+
+    name, window, threshold = "reader", 5, 0.5
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def probability_of_tokens(self, tokens_BK: Tensor) -> Tensor:
+        self.seen.append(tokens_BK.shape[1])
+        return tokens_BK[:, 0].flatten(1).mean(dim=1)
+
+
 def test_objectives(toy: Checkpoint) -> None:
     _, first = learned(toy)
     dynamics = LearnedDynamics(toy)
@@ -228,6 +242,9 @@ def test_objectives(toy: Checkpoint) -> None:
     judge = toy.judge
     assert judge is not None
     torch.testing.assert_close(JudgedSuccess(judge)(futures), judge.probability(futures.frames(judge.window)))
+    reader = Reader()
+    torch.testing.assert_close(JudgedByTokens(reader)(futures), futures.tokens[:, 0].flatten(1).mean(dim=1))
+    assert reader.seen == [5]  # longer than the plan: the first frame stands in
     goal = GoalImage(futures.tokens[1, -1], at_end=1.0)(futures)
     assert goal[1] == 0 and goal[0] == 0 and (goal[2:] < 0).all()  # plans 0 and 1 are the same
     doubtful = dataclasses.replace(futures, uncertainty_BH=torch.full((4, 3), 0.5))
@@ -282,6 +299,9 @@ def test_mpc_has_a_name(toy_folder: Path, tmp_path: Path, toy: Checkpoint) -> No
     assert over.family == "mpc mppi over random"
     file.write_text(json.dumps({"checkpoint": str(toy_folder), "serch": 1}))
     with pytest.raises(InvalidArgument, match="must be a JSON object with keys"):
+        load_policy(f"mpc:{file}")
+    file.write_text(json.dumps({"checkpoint": str(toy_folder), "objective": "feature"}))
+    with pytest.raises(CheckpointError, match="no feature judge to plan on"):
         load_policy(f"mpc:{file}")
     with pytest.raises(UnknownName, match="unknown planner 'sgd'"):
         load_policy(f"mpc:sgd:{toy_folder}")
