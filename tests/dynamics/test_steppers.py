@@ -44,12 +44,14 @@ def _steps(checkpoint: Checkpoint, stepper: Stepper, count: int = 7) -> list[tup
     return found
 
 
-def _assert_alike(theirs: list[tuple[RolloutState, StepOutput]], ours: list[tuple[RolloutState, StepOutput]]) -> None:
+def _assert_alike(
+    theirs: list[tuple[RolloutState, StepOutput]], ours: list[tuple[RolloutState, StepOutput]], tolerance: float = 1e-4
+) -> None:
     for pair, other in zip(theirs, ours, strict=True):
         for part, again in zip(pair, other, strict=True):
             for field in dataclasses.fields(part):  # type: ignore[arg-type]
                 expected, got = getattr(part, field.name), getattr(again, field.name)
-                assert torch.allclose(got.float(), expected.float(), atol=1e-4, rtol=1e-4), field.name
+                assert torch.allclose(got.float(), expected.float(), atol=tolerance, rtol=tolerance), field.name
 
 
 def test_compiled_equals_eager(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,8 @@ def test_packed_weights_equal_plain_ones(toy: Checkpoint) -> None:
     assert fast.provenance["packed"] is True and "packed" not in toy.provenance
     linear = [part for part in fast.dynamics.modules() if isinstance(part, torch.nn.Linear)]
     assert len(linear) > 10 and all(type(part) is PackedLinear for part in linear)
-    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)))
+    # Sums in another order; the toy's large weights make more of the difference at each step.
+    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)), tolerance=2e-3)
     with pytest.raises(InvalidArgument, match="packed weights already"):
         with_packed_weights(fast, num_envs=N)
 
