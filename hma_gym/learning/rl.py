@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hma_gym.data.robomimic_hdf5 import open_dataset, storage_errors
+from hma_gym.data.robomimic_hdf5 import open_dataset, storage_errors, write_atomically
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.envs.sb3 import make_sb3_env
 from hma_gym.envs.tasks import get_task
@@ -293,6 +293,8 @@ def train_rl(options: RLOptions) -> Path:
         done = int(kept[-1].stem.split("-")[1])
         model = type(model).load(kept[-1], env=env, device=options.device)
         model.set_random_seed(options.seed + done)
+        if done not in _logged(options):  # killed between the two
+            _log(options, done, score_model(model, options, checkpoint))
     else:
         if options.clone is not None:
             clone_policy(
@@ -339,10 +341,18 @@ def _keep(model: Any, path: Path) -> Path:
     return path
 
 
+def _logged(options: RLOptions) -> dict[int, str]:
+    """The lines of the log by step."""
+    path = options.out / "metrics.jsonl"
+    with storage_errors(path):
+        lines = path.read_text().splitlines() if path.exists() else []
+    return {json.loads(line)["step"]: line for line in lines}
+
+
 def _log(options: RLOptions, step: int, score: Score) -> None:
     row = {"step": step, "dream": score.dream, "truth": score.truth, "gap": score.gap}
-    with storage_errors(options.out), open(options.out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    lines = {**_logged(options), step: json.dumps(row)}
+    write_atomically(options.out / "metrics.jsonl", "".join(f"{lines[key]}\n" for key in sorted(lines)).encode())
     if options.progress:
         said = "not played" if score.truth is None else f"{score.truth:.2f}, gap {score.gap:+.2f}"
         tqdm.write(f"step {step}: success {score.dream:.2f} in the dream, {said} in ground truth")

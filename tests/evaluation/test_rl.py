@@ -82,10 +82,13 @@ def test_a_run_clones_learns_is_measured_and_goes_on(toy_folder: Path, demonstra
     run = tmp_path / "run"
     assert {path.name for path in run.glob("*.zip")} == {"clone.zip", "step-0000006.zip"}
     first = (run / "step-0000006.zip").read_bytes()
+    log = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(log.splitlines()[0] + "\n")  # killed before the last evaluation was over
     assert cli.main([*words.split(), "12"]) == 0
     assert (run / "step-0000006.zip").read_bytes() == first and (run / "step-0000012.zip").exists()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 6, 12]
+    assert rows[1] == json.loads(log.splitlines()[1])
     assert all(0 <= row["dream"] <= 1 and row["truth"] is None and row["gap"] is None for row in rows)
     other = [word if word != "3" else "2" for word in words.split()]
     assert cli.main([*other, "12"]) == 2  # another run's folder
