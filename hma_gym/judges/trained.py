@@ -66,7 +66,8 @@ class TrainedConfig:
                 f"judge: unknown config keys {unknown}; this version of hma_gym knows {sorted(known)}. "
                 "A newer version may have written it: upgrade hma_gym."
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
 
 class TrainedJudge(nn.Module):
