@@ -68,8 +68,9 @@ class AutoencoderTokenizer(StandardisedTokenizer):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        kind = getattr(_library(), config.model)
+        library = _library()
         try:
+            kind = getattr(library, config.model)
             self.autoencoder: nn.Module = kind.from_config(dict(config.settings))
             with torch.device("meta"):
                 probe = kind.from_config(dict(config.settings)).eval().to("meta")  # some weights ignore the context
