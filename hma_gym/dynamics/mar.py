@@ -198,7 +198,8 @@ class Diffusion(NoiseModel):
         noise = torch.randn(y.shape, generator=generator, device=y.device)
         signal, spread = self.kept[level].sqrt(), (1 - self.kept[level]).sqrt()
         mixed = signal * y + spread * noise
-        predicted = signal * self(mixed, level / self.levels, context).float() + spread * mixed
+        velocity: Tensor = self(mixed, level / self.levels, context)
+        predicted = signal * velocity.float() + spread * mixed
         return (predicted - noise).square().mean(dim=-1)
 
     def sample(self, noise: Tensor, context: Tensor) -> Tensor:
@@ -227,8 +228,9 @@ def cosine_schedule(levels: int) -> Tensor:
 
 def noise_model(config: SoftHeadConfig, size: int, features: int, known: int, layers: int) -> NoiseModel:
     """The noise model that a configuration asks for; see :class:`NoiseModel` for the arguments."""
-    kind = Diffusion if isinstance(config, DiffusionHeadConfig) else Flow
-    return kind(config, size, features, known, layers)
+    if isinstance(config, DiffusionHeadConfig):
+        return Diffusion(config, size, features, known, layers)
+    return Flow(config, size, features, known, layers)
 
 
 class SoftHead(nn.Module):

@@ -228,7 +228,8 @@ class DomainAdapter(nn.Module):
         """The action head's loss, of features (..., D) and normalised chunks (..., stride * A): (...)."""
         if isinstance(self.action_out, NoiseModel):
             return self.action_out.error(action, feature, generator)
-        return (self.action_out(feature).float() - action).square().mean(dim=-1)
+        mean: Tensor = self.action_out(feature)
+        return (mean.float() - action).square().mean(dim=-1)
 
     def next_action(self, feature_BD: Tensor, draw: Draw, temperature: float) -> Tensor:
         """The action head: (B, D) -> normalised action chunks (B, stride * A): a mean, or a sample if it diffuses."""

@@ -163,7 +163,7 @@ def load_autoencoder(
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"autoencoder {where!r} is damaged or has no safetensors: {error}") from error
     public = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
-    config = AutoencoderConfig(tuple(image_size), name, json.loads(json.dumps(public)))
+    config = AutoencoderConfig(image_size, name, json.loads(json.dumps(public)))
     tokenizer = AutoencoderTokenizer(config)
     tokenizer.autoencoder.load_state_dict(loaded.state_dict())
     return tokenizer.eval()
