@@ -6,8 +6,9 @@ plays, in MuJoCo, the base policy, MPC whose candidates include the base policy'
 the planner sees real frames and agent_pos, and nothing else of the simulator. It goes on after a kill. Then the
 planning rate is measured, on one thread. Writes ``<out>/mpc_<checkpoint>.json`` and ``.md``.
 
-With lift-64 on one core of an AMD EPYC (bfloat16), an episode over a policy took about 20 seconds of processor time with
-12 samples in one round and 6 steps carried out, one from noise alone about 40 with 32 samples in two rounds and 4 steps.
+With lift-64 on one core of an AMD EPYC (bfloat16), an episode over a policy took about 20 seconds of processor time
+with 12 samples in one round and 6 steps carried out, one from noise alone about 40 with 32 samples in two rounds and 4
+steps.
 """
 
 from __future__ import annotations

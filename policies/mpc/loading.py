@@ -121,6 +121,10 @@ def mpc_source(options: MPCOptions) -> PolicySource:
         )
     else:
         objective = JudgedSuccess(loaded.judge)
+    if options.uncertainty_weight and loaded.uncertainty is None:
+        raise CheckpointError(
+            f"uncertainty_weight needs a calibrated checkpoint, and {loaded.name!r} is not; run: hma-gym calibrate."
+        )
     if options.uncertainty_weight:
         objective = Cautious(objective, options.uncertainty_weight)
 

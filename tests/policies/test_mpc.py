@@ -303,6 +303,9 @@ def test_mpc_has_a_name(toy_folder: Path, tmp_path: Path, toy: Checkpoint) -> No
     file.write_text(json.dumps({"checkpoint": str(toy_folder), "objective": "feature"}))
     with pytest.raises(CheckpointError, match="no feature judge to plan on"):
         load_policy(f"mpc:{file}")
+    file.write_text(json.dumps({"checkpoint": str(toy_folder), "uncertainty_weight": 1.0}))
+    with pytest.raises(CheckpointError, match="needs a calibrated checkpoint"):
+        load_policy(f"mpc:{file}")
     with pytest.raises(UnknownName, match="unknown planner 'sgd'"):
         load_policy(f"mpc:sgd:{toy_folder}")
     with pytest.raises(InvalidArgument, match=r"mpc:PLANNER:CHECKPOINT"):
