@@ -145,10 +145,12 @@ class Body(nn.Module):
         self.feature_size = P * (1 + 2 * config.octaves)
         width, K = config.coast_width, config.history
         self.coast: nn.Sequential | None = None
+        self.inertia: ExactLinear | None = None
         if P:
-            inputs = self.feature_size + K * (P + 1) + (K + 1) * (A + 1)
+            history = K * (P + 1) + (K + 1) * (A + 1)
+            self.inertia = ExactLinear(history, P)
             self.coast = nn.Sequential(
-                ExactLinear(inputs, width),
+                ExactLinear(self.feature_size + history, width),
                 nn.SiLU(),
                 ExactLinear(width, width),
                 nn.SiLU(),
@@ -157,6 +159,7 @@ class Body(nn.Module):
                 ExactLinear(width, P),
             )
             silence(self.coast[6])
+            silence(self.inertia)
         self.look: nn.Sequential | None = None
         if P and tokens is not None:
             self.look = nn.Sequential(
@@ -185,20 +188,17 @@ class Body(nn.Module):
             pose: up to now.
             action: (..., A), normalised; ``given`` (...) bool hides it where False.
         """
-        if self.coast is None:
+        if self.coast is None or self.inertia is None:
             return pose.agent_pos
         with _full_precision(pose.agent_pos.device):
             motions = torch.where(pose.known[..., None], pose.motions / self.get_buffer("delta_std"), 0.0)
             acted = torch.cat((given[..., None], pose.acted), dim=-1)
             actions = torch.cat((action[..., None, :], pose.actions), dim=-2)
-            inputs = (
-                self.features(pose.agent_pos),
-                motions.flatten(-2),
-                pose.known.float(),
-                torch.where(acted[..., None], actions, 0.0).flatten(-2),
-                acted.float(),
-            )
-            change: Tensor = self.coast(torch.cat(inputs, dim=-1))
+            seen = (motions.flatten(-2), pose.known.float())
+            done = (torch.where(acted[..., None], actions, 0.0).flatten(-2), acted.float())
+            history = torch.cat((*seen, *done), dim=-1)
+            change: Tensor = self.coast(torch.cat((self.features(pose.agent_pos), history), dim=-1))
+            change = change + self.inertia(history)  # most of it is linear: how it moved and what it was told
             return pose.agent_pos + change * self.get_buffer("delta_std")
 
     def within(self, agent_pos: Tensor) -> Tensor:
@@ -235,8 +235,8 @@ class Body(nn.Module):
         """``coast`` on its own rollouts, ``look`` on single frames; pseudo-Huber losses, for outliers are contacts
         and objects.
 
-        In half of the rows some dims are told at each step, as a picture does that corrects them (the fingers, which
-        an object stops).
+        In a quarter of the rows some dims are told at each step, as a picture does that corrects them (the fingers,
+        which an object stops).
 
         Args:
             batch: ``agent_pos`` (B, T + 1, P), ``actions`` (B, T, A) normalised, ``at_rest`` (B,) bool, optional
@@ -247,7 +247,7 @@ class Body(nn.Module):
         agent_pos, actions, device = batch["agent_pos"], batch["actions"], batch["agent_pos"].device
         B, T, P = len(agent_pos), actions.shape[1], agent_pos.shape[-1]
         told_BP = torch.rand(B, P, generator=generator, device=device) < 0.5
-        told_BP &= torch.rand(B, 1, generator=generator, device=device) < 0.5
+        told_BP &= torch.rand(B, 1, generator=generator, device=device) < 0.25
         given_B = torch.rand(B, generator=generator, device=device) > 0.03
         pose = first_pose(agent_pos[:, 0], self.config.history, actions.shape[-1], batch["at_rest"])
         warm = int(batch["warm"]) if "warm" in batch else 0

@@ -33,7 +33,7 @@ LONGEST = 60
 SHORT, MANY, SHORT_SHARE = 3, 8, 0.6
 
 #: Share of the longer windows that begin where their episode does, at rest, as every rollout does.
-AT_REST = 0.6
+AT_REST = 0.8
 
 
 class BodyBatches:
