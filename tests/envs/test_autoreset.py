@@ -106,20 +106,30 @@ def test_every_transition_is_that_of_sync_vector_env(mode: AutoresetMode, seed: 
     assert min(ended.values()) > 0
 
 
+NONE = np.zeros(2, dtype=bool)
+
+
 def test_a_chunk_stops_where_the_episode_does() -> None:
     episodes = Episodes(AutoresetMode.NEXT_STEP, 2, 5)
     _, steps = episodes.begin(4)
     assert steps.tolist() == [4, 4]
-    truncated, _ = episodes.end(np.array([4, 2]), np.array([False, False]))
+    truncated, _ = episodes.end(np.array([4, 2]), NONE, NONE)
     assert not truncated.any()
     _, steps = episodes.begin(4)
     assert steps.tolist() == [1, 3]
-    truncated, _ = episodes.end(steps, np.array([False, False]))
+    truncated, _ = episodes.end(steps, NONE, NONE)
     assert truncated.all()
     reset, steps = episodes.begin(4)
     assert reset.all() and steps.tolist() == [0, 0] and episodes.elapsed_N.tolist() == [0, 0]
-    truncated, _ = episodes.end(steps, np.array([False, False]))
+    truncated, _ = episodes.end(steps, NONE, NONE)
     assert not truncated.any()
+
+
+def test_an_episode_ends_where_the_model_is_lost() -> None:
+    episodes = Episodes(AutoresetMode.SAME_STEP, 2, 5)
+    _, steps = episodes.begin(1)
+    truncated, again = episodes.end(steps, NONE, np.array([True, False]))
+    assert truncated.tolist() == again.tolist() == [True, False] and episodes.elapsed_N.tolist() == [0, 1]
 
 
 def test_without_a_limit_nothing_is_truncated() -> None:
@@ -127,7 +137,7 @@ def test_without_a_limit_nothing_is_truncated() -> None:
     for _ in range(3):
         _, steps = episodes.begin(1000)
         assert steps.tolist() == [1000]
-        assert not episodes.end(steps, np.array([False]))[0].any()
+        assert not episodes.end(steps, NONE[:1], NONE[:1])[0].any()
 
 
 def test_modes_and_limits_are_checked() -> None:
