@@ -17,7 +17,9 @@ from hma_gym.data.episodes import Episode
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter, open_dataset
 from hma_gym.data.windows import ClipBatches
 from hma_gym.dynamics.checkpoint import load_checkpoint
+from hma_gym.dynamics.mar import DiffusionHeadConfig
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument, ResumeError
+from hma_gym.judges.feature import FeatureConfig, FeatureJudge, save_feature_judge
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
 from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.training import saved_weights
@@ -133,6 +135,18 @@ def test_files_of_one_name_are_one_domain(material: Path, tmp_path: Path) -> Non
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert [domain.name for domain in checkpoint.dynamics.domains] == ["a", "b"]
     assert checkpoint.provenance["episodes"] == [24, 12]
+
+
+def test_the_head_and_the_judge_of_tokens_are_chosen(material: Path, tmp_path: Path) -> None:
+    tokens = load_tokenizer(material / "soft").grid
+    shape = FeatureConfig(window=2, tokens=tokens[0] * tokens[1], channels=4, hidden=8, width=4)
+    folder = save_feature_judge(FeatureJudge(shape), tmp_path / "judge")
+    fields = {"data": (material / "small.hdf5",), "steps": 1, "body_steps": 0, "rollout_share": 0.0}
+    train_dynamics(_options(material, tmp_path / "run", head="diffusion", feature_judge=folder, **fields))
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert isinstance(checkpoint.dynamics.config.head, DiffusionHeadConfig)
+    assert checkpoint.feature_judge is not None and checkpoint.feature_judge.window == 2
+    assert str(folder) not in (tmp_path / "run" / "checkpoint" / "config.json").read_text()
 
 
 def test_an_interrupted_body_goes_on_before_the_trunk(material: Path, tmp_path: Path) -> None:

@@ -30,13 +30,14 @@ from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
 from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, checkpoint_folder, save_checkpoint, start_bank
-from hma_gym.dynamics.mar import FlowHeadConfig
+from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.dynamics.refresh import refreshed
 from hma_gym.dynamics.sizes import named_trunk
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges.classifier import load_judge
+from hma_gym.judges.feature import load_feature_judge
 from hma_gym.metrics.video import psnr
 from hma_gym.nn.parameters import misfits
 from hma_gym.tokenizers.files import load_tokenizer
@@ -63,6 +64,8 @@ class DynamicsOptions:
         names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
             files' stems.
         judge: folder of a trained classifier judge to put into the checkpoint.
+        feature_judge: folder of a trained feature judge to put into the checkpoint.
+        head: of soft tokens: ``flow``, or the paper's ``diffusion`` (see docs/soft_tokens.md).
         init: a run's folder or a checkpoint to start from (same shapes), instead of random weights.
         task: key of the task that the checkpoint is for; "" for your own robot.
         body_steps: length of the training of the bodies, before the trunk's (see :mod:`hma_gym.training.recipes.body`);
@@ -89,6 +92,8 @@ class DynamicsOptions:
     out: Path
     names: tuple[str, ...] = ()
     judge: Path | None = None
+    feature_judge: Path | None = None
+    head: Literal["flow", "diffusion"] = "flow"
     init: Path | None = None
     task: str = ""
     body_steps: int = 6000
@@ -126,9 +131,10 @@ class DynamicsOptions:
 
 def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale: float) -> DynamicsConfig:
     """The model of a recipe, for either kind of token; 2 x 2 tokens share a trunk position, as the paper's."""
-    head: FlowHeadConfig | MaskGITHeadConfig
+    head: SoftHeadConfig | MaskGITHeadConfig
     if tokenizer.kind == "soft":
-        head = FlowHeadConfig(grid=tokenizer.grid, channels=tokenizer.channels, patch=2, change_scale=change_scale)
+        kind = DiffusionHeadConfig if options.head == "diffusion" else FlowHeadConfig
+        head = kind(grid=tokenizer.grid, channels=tokenizer.channels, patch=2, change_scale=change_scale)
     else:
         head = MaskGITHeadConfig(grid=tokenizer.grid, vocabulary=tokenizer.vocabulary, patch=2)
     return DynamicsConfig(
@@ -500,7 +506,8 @@ def write_checkpoint(
         "data": [dataset.info for files in datasets for dataset in files],
         "validation": {k: v for k, v in scores.items() if math.isfinite(v)},
     }
-    for key in ("data", "tokenizer", "out", "judge", "init", "starts_data"):  # folders of the machine it was trained on
+    folders = ("data", "tokenizer", "out", "judge", "feature_judge", "init", "starts_data")
+    for key in folders:  # of the machine it was trained on
         provenance["recipe"].pop(key, None)
     checkpoint = Checkpoint(
         name=options.out.name,
@@ -508,6 +515,7 @@ def write_checkpoint(
         tokenizer=tokenizer,
         dynamics=model,
         judge=load_judge(options.judge) if options.judge is not None else None,
+        feature_judge=load_feature_judge(options.feature_judge) if options.feature_judge is not None else None,
         starts=make_starts(sources, options.starts),
         provenance=provenance,
     )
