@@ -16,6 +16,8 @@ _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ROW, _LABEL_WIDTH, _CHART_WIDTH = 30, 190, 420
 _SIDE, _MARGIN = 400, 46
 _NEAR = 0.035
+_LETTER, _LINE = 5.6, 12.0
+_LABEL_RISES = (-7, 16, -20, 29, -33, 42, -46, 55)
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,35 @@ def scatter_chart(rows: Sequence[Row]) -> Svg:
         parts.append(_line(cx, y(row.learned.low), cx, y(row.learned.high), LEARNED_COLOUR, 1.5, 0.5))
         title = f"{row.label}: true {row.true}, learned {row.learned}"
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5"><title>{html.escape(title)}</title></circle>')
-    for (true, learned), labels in _together(rows).items():
-        shift, anchor = (8, "start") if true < 0.6 else (-8, "end")
-        parts.append(
-            f'<text x="{x(true) + shift:.1f}" y="{y(learned) - 7:.1f}" font-size="11" text-anchor="{anchor}" '
-            f'opacity=".8">{html.escape(", ".join(labels))}</text>'
-        )
+    texts = [(x(true), y(learned), ", ".join(labels)) for (true, learned), labels in _together(rows).items()]
+    for left, baseline, text in place_labels(texts):
+        width = f'textLength="{_LETTER * len(text):.0f}" lengthAdjust="spacingAndGlyphs"'
+        place = f'x="{left:.1f}" y="{baseline:.1f}"'
+        parts.append(f'<text {place} font-size="11" opacity=".8" {width}>{html.escape(text)}</text>')
     return Svg("".join(parts), _SIDE, _SIDE, "success in the learned world over success in ground truth")
+
+
+def place_labels(texts: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Where to write the labels of points, (x, y, text) each, so that none lies on another: (left, baseline, text).
+
+    Each is put beside its point, above or below, in the first place that is free and inside the chart; where none is,
+    in the first one.
+    """
+    placed: list[tuple[float, float, str]] = []
+    for x, y, text in texts:
+        width = _LETTER * len(text)
+        places = [(left, y + dy) for dy in _LABEL_RISES for left in (x + 8, x - 8 - width)]
+        inside = [place for place in places if 0 <= place[0] <= _SIDE - width and 12 <= place[1] <= _SIDE] or places
+        free = [place for place in inside if not any(_overlap((*place, text), other) for other in placed)]
+        placed.append((*(free or inside)[0], text))
+    return placed
+
+
+def _overlap(one: tuple[float, float, str], other: tuple[float, float, str]) -> bool:
+    """Whether two labels lie on each other."""
+    (left, baseline, text), (other_left, other_baseline, other_text) = one, other
+    beside = left + _LETTER * len(text) <= other_left or other_left + _LETTER * len(other_text) <= left
+    return not beside and abs(baseline - other_baseline) < _LINE
 
 
 def _together(rows: Sequence[Row]) -> dict[tuple[float, float], list[str]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hma_gym.errors import InvalidArgument
+from hma_gym.evaluation.policy_charts import place_labels
 from hma_gym.evaluation.policy_scores import agree, compare, judge_criteria, rate
 
 LABELS = tuple("abcdefghijk")
@@ -80,3 +81,14 @@ def test_only_episodes_known_in_both_worlds_count() -> None:
 def test_arrays_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"one row for each of 11 policies, got shapes \(11, 40\) and \(10, 40\)"):
         compare(LABELS, verdicts(), verdicts()[:10])
+
+
+def test_labels_of_near_points_do_not_lie_on_each_other() -> None:
+    texts = [(250.0 + 8 * i, 150.0, f"policy number {i}") for i in range(6)]
+    placed = place_labels(texts)
+    assert [text for _, _, text in placed] == [text for _, _, text in texts]
+    for i, (left, baseline, text) in enumerate(placed):
+        assert abs(baseline - 150.0) < 60 and 0 <= left and left + 5.6 * len(text) <= 400
+        for other_left, other_baseline, other in placed[:i]:
+            apart = left >= other_left + 5.6 * len(other) or other_left >= left + 5.6 * len(text)
+            assert apart or abs(baseline - other_baseline) >= 12
