@@ -94,6 +94,7 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
     held_out = load_held_out(dataset, split=config.split, episodes=config.rollouts, rows=config.rows, seed=config.seed)
     scene = scene_frames(dataset)
     background = background_image(scene)
+    static = static_pixels(scene, background)
     rollouts = long_rollouts(
         checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
@@ -104,7 +105,7 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
             reports[kind] = measure_endurance(
                 rollouts.of_kind(kind),
                 background_HWC=background,
-                static_HW=static_pixels(scene, background),
+                static_HW=static,
                 object_start_B3=held_out.object_BT3[chosen, 0],
             )
     config.out.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,8 @@ from torch import Tensor
 from hma_gym.errors import InvalidArgument, InvalidImage
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """A success detector. Write your own by giving a class these four members.
-
-    Attributes:
-        name: for reports.
-        window: K, how many last frames it sees (1 or more).
-        threshold: the verdict is ``probability >= threshold``.
-    """
+class _StepJudge(Protocol):
+    """What all judges have that can serve an environment step by step."""
 
     @property
     def name(self) -> str: ...
@@ -40,6 +33,17 @@ class Judge(Protocol):
 
     @property
     def threshold(self) -> float: ...
+
+
+@runtime_checkable
+class Judge(_StepJudge, Protocol):
+    """A success detector. Write your own by giving a class these four members.
+
+    Attributes:
+        name: for reports.
+        window: K, how many last frames it sees (1 or more).
+        threshold: the verdict is ``probability >= threshold``.
+    """
 
     def probability(self, frames_BKHWC: Tensor) -> Tensor:
         """(B, K, H, W, C) uint8, oldest first, to (B,) float32 in [0, 1].
@@ -79,7 +83,7 @@ class FrameCoder(Judge, Protocol):
 
 
 @runtime_checkable
-class TokenJudge(Protocol):
+class TokenJudge(_StepJudge, Protocol):
     """A success detector that reads a world's tokens, so that no frame need be decoded for it.
 
     Attributes:
@@ -87,15 +91,6 @@ class TokenJudge(Protocol):
         window: K, how many last frames it reads (1 or more).
         threshold: the verdict is ``probability >= threshold``.
     """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def threshold(self) -> float: ...
 
     def probability_of_tokens(self, tokens_BK: Tensor) -> Tensor:
         """Tokens of the last frames, (B, K, S, C) float or (B, K, S) int64, oldest first, to (B,) float32 in [0, 1].
