@@ -41,9 +41,10 @@ class PolicyEvaluationConfig:
         out: folder of the summary.
         checkpoint: name, folder or hub id of the learned world.
         demonstrations: to learn from.
-        diffusion_steps: optimiser steps of the longest diffusion policy; an eighth, a quarter and half are
-            kept too.
-        robomimic_epochs: of 100 steps each, of the longer robomimic policies; the others are a quarter.
+        diffusion_steps: optimiser steps of the diffusion policies, the stages of one run: ascending multiples of the
+            first.
+        robomimic_epochs: of 100 steps each, of the longer BC policy; BC-RNN, whose steps are dearer, has half, and the
+            shorter policies have a quarter.
         episodes: starts for each policy.
         steps: length of an episode.
         seed: of the evaluation.
@@ -55,8 +56,8 @@ class PolicyEvaluationConfig:
     out: Path = Path("benchmarks/results")
     checkpoint: str = "lift-64"
     demonstrations: int = 200
-    diffusion_steps: int = 4000
-    robomimic_epochs: int = 20
+    diffusion_steps: tuple[int, ...] = (500, 1000, 2000, 5000)
+    robomimic_epochs: int = 16
     episodes: int = 50
     steps: int = 63
     seed: int = 0
@@ -64,16 +65,14 @@ class PolicyEvaluationConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if (
-            self.diffusion_steps < 8
-            or self.diffusion_steps % 8
-            or self.robomimic_epochs % 4
-            or not self.robomimic_epochs
-        ):
+        stages = self.diffusion_steps
+        ascending = len(stages) > 1 and 0 < stages[0] and list(stages) == sorted(set(stages))
+        if not ascending or any(steps % stages[0] for steps in stages):
             raise InvalidArgument(
-                "diffusion_steps must be a multiple of 8 and robomimic_epochs of 4, for the stages, got "
-                f"{self.diffusion_steps} and {self.robomimic_epochs}."
+                f"diffusion_steps must be two or more ascending multiples of the first, got {self.diffusion_steps}."
             )
+        if self.robomimic_epochs < 8 or self.robomimic_epochs % 8:
+            raise InvalidArgument(f"robomimic_epochs must be a multiple of 8, got {self.robomimic_epochs}.")
 
 
 @dataclass(frozen=True)
@@ -92,28 +91,25 @@ class Entry:
 
 
 def roster(config: PolicyEvaluationConfig) -> tuple[Entry, ...]:
-    """14 policies of 4 families, from useless to expert; one of each learned family is held out."""
-    steps, epochs = config.diffusion_steps, config.robomimic_epochs
-    diffusion = config.work / "diffusion"
-    last = diffusion / f"step-{steps:07d}"
+    """Policies of 4 families, 14 with four stages, from useless to expert; one of each learned family is held out."""
+    stages = config.diffusion_steps
+    (bc_early, bc), (rnn_early, rnn) = (_robomimic_files(config, name) for name in ("bc", "bc_rnn"))
 
-    def robomimic(name: str, epoch: int) -> str:
-        return str(_model_file(config, name, epoch))
+    def diffusion(folder: str, steps: int) -> str:
+        return str(config.work / folder / f"step-{steps:07d}")
 
+    eye = diffusion("diffusion", stages[-1])
     return (
-        Entry("diffusion-1of8", str(diffusion / f"step-{steps // 8:07d}")),
-        Entry("diffusion-2of8", str(diffusion / f"step-{steps // 4:07d}"), held_out=True),
-        Entry("diffusion-4of8", str(diffusion / f"step-{steps // 2:07d}")),
-        Entry("diffusion-8of8", str(last)),
-        Entry("diffusion-few-demos", str(config.work / "diffusion_few" / f"step-{steps // 2:07d}")),
-        Entry("bc-early", robomimic("bc", epochs // 4)),
-        Entry("bc", robomimic("bc", epochs)),
-        Entry("bc-rnn-early", robomimic("bc_rnn", epochs // 4)),
-        Entry("bc-rnn", robomimic("bc_rnn", epochs), held_out=True),
-        Entry("sighted-1.0", f"sighted:expert:1.0:{last}"),
-        Entry("sighted-0.85", f"sighted:expert:0.85:{last}", held_out=True),
-        Entry("sighted-0.7", f"sighted:expert:0.7:{last}"),
-        Entry("sighted-0.5", f"sighted:expert:0.5:{last}"),
+        *(Entry(f"diffusion-{steps}", diffusion("diffusion", steps), steps == stages[-2]) for steps in stages),
+        Entry("diffusion-few-demos", diffusion("diffusion_few", stages[1])),
+        Entry("bc-early", str(bc_early)),
+        Entry("bc", str(bc)),
+        Entry("bc-rnn-early", str(rnn_early)),
+        Entry("bc-rnn", str(rnn), held_out=True),
+        Entry("sighted-1.0", f"sighted:expert:1.0:{eye}"),
+        Entry("sighted-0.85", f"sighted:expert:0.85:{eye}", held_out=True),
+        Entry("sighted-0.7", f"sighted:expert:0.7:{eye}"),
+        Entry("sighted-0.5", f"sighted:expert:0.5:{eye}"),
         Entry("random", "random"),
     )
 
@@ -157,17 +153,17 @@ def record_demonstrations(config: PolicyEvaluationConfig) -> Path:
 
 def train_diffusion(config: PolicyEvaluationConfig, demonstrations: Path) -> None:
     """The diffusion policy on all demonstrations at its stages, and one on an eighth of them."""
-    steps = config.diffusion_steps
-    for folder, length, count in (
-        ("diffusion", steps, None),
-        ("diffusion_few", steps // 2, config.demonstrations // 8),
+    stages = config.diffusion_steps
+    for folder, steps, count in (
+        ("diffusion", stages[-1], None),
+        ("diffusion_few", stages[1], config.demonstrations // 8),
     ):
         train_policy(
             PolicyOptions(
                 data=demonstrations,
                 out=config.work / folder,
-                steps=length,
-                keep_every=steps // 8,
+                steps=steps,
+                keep_every=stages[0],
                 demonstrations=count,
                 read_object=True,
                 progress=config.progress,
@@ -176,14 +172,20 @@ def train_diffusion(config: PolicyEvaluationConfig, demonstrations: Path) -> Non
         )
 
 
-def _model_file(config: PolicyEvaluationConfig, name: str, epoch: int) -> Path:
-    return config.work / name / f"epoch_{epoch:04d}.pth"
+def _robomimic_stages(config: PolicyEvaluationConfig, name: str) -> tuple[int, int]:
+    """Epochs of the shorter and the longer policy of ``bc`` or ``bc_rnn``."""
+    epochs = {"bc": config.robomimic_epochs, "bc_rnn": config.robomimic_epochs // 2}[name]
+    return epochs // 4, epochs
+
+
+def _robomimic_files(config: PolicyEvaluationConfig, name: str) -> tuple[Path, ...]:
+    return tuple(config.work / name / f"epoch_{epoch:04d}.pth" for epoch in _robomimic_stages(config, name))
 
 
 def train_robomimic(config: PolicyEvaluationConfig, demonstrations: Path, name: str, *, rnn: bool) -> None:
     """BC or BC-RNN by robomimic's own training script, on the image and agent_pos."""
-    stages = (config.robomimic_epochs // 4, config.robomimic_epochs)
-    if all(_model_file(config, name, epoch).exists() for epoch in stages):
+    stages, files = _robomimic_stages(config, name), _robomimic_files(config, name)
+    if all(file.exists() for file in files):
         return
     settings = _import("config").config_factory("bc")
     settings.experiment.name = name
@@ -198,12 +200,14 @@ def train_robomimic(config: PolicyEvaluationConfig, demonstrations: Path, name: 
     settings.train.hdf5_cache_mode = "low_dim"
     settings.train.hdf5_filter_key = "train"
     settings.train.num_epochs = stages[1]
-    settings.train.batch_size = 16
+    settings.train.batch_size = 8 if rnn else 32
     settings.train.seq_length = 10 if rnn else 1
     settings.train.cuda = False
     settings.observation.modalities.obs.low_dim = ["agent_pos"]
     settings.observation.modalities.obs.rgb = [IMAGE_KEY]
+    settings.observation.encoder.rgb.core_kwargs.backbone_class = "ShallowConv"  # a seventh of ResNet-18's time
     settings.observation.encoder.rgb.core_kwargs.feature_dimension = 64
+    settings.algo.optim_params.policy.learning_rate.initial = 1e-3
     settings.algo.actor_layer_dims = () if rnn else (256, 256)
     settings.algo.rnn.enabled = rnn
     settings.algo.rnn.horizon = 10
@@ -212,9 +216,9 @@ def train_robomimic(config: PolicyEvaluationConfig, demonstrations: Path, name: 
     settings.lock()
     torch.manual_seed(config.seed)
     _import("scripts.train").train(settings, device="cpu")
-    for epoch in stages:
+    for epoch, file in zip(stages, files, strict=True):
         made = sorted((config.work / name / "runs").glob(f"{name}/*/models/model_epoch_{epoch}.pth"))
-        write_atomically(_model_file(config, name, epoch), made[-1].read_bytes())
+        write_atomically(file, made[-1].read_bytes())
 
 
 def _import(module: str) -> Any:

@@ -32,7 +32,8 @@ class SpatialSoftmax(nn.Module):
     def forward(self, features_BKHW: Tensor) -> Tensor:
         """(B, K, H, W) to (B, 2 K): x and y of each channel, -1 to 1."""
         weights_BKL = features_BKHW.flatten(2).float().softmax(dim=-1)
-        return (weights_BKL @ self.places_L2).flatten(1)
+        with torch.autocast(weights_BKL.device.type, enabled=False):  # bfloat16 has an eighth of a pixel
+            return (weights_BKL @ self.places_L2).flatten(1)
 
 
 class _ResidualBlock(nn.Module):

@@ -4,7 +4,8 @@ Chi et al. 2023, "Diffusion Policy" (arXiv 2303.04137): what was seen becomes a 
 noisy action sequences under it is trained with diffusers' DDPM schedule and sampled with its DDIM.
 
 Shape legend: B samples, O observations (the present one last), H predicted actions, A action dims, P agent_pos dims,
-X auxiliary targets, H W image, D draws of noise a sample.
+X auxiliary targets, E numbers that the encoder makes of an image, G of the condition, H W image, D draws of noise a
+sample.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ class DiffusionConfig:
         prediction_horizon: H, actions it predicts, beginning at the oldest observation.
         action_horizon: how many of them are carried out, from the present on.
         encoder_channels, encoder_blocks, keypoints: see :class:`~hma_gym.policies.diffusion.encoder.ImageEncoder`.
+        condition_width: numbers of the condition for each observation.
         unet_channels: widths of the U-Net's levels.
         width, layers, heads: of the transformer.
         train_timesteps: noise levels.
         inference_steps: DDIM steps.
         prediction: what the network gives: ``sample`` (the clean actions) or ``epsilon`` (the noise).
-        auxiliary_dim: X, numbers that an extra head reads off each image in training (where the object is, say); 0 for
-            none. It teaches the encoder and is no input: acting does not use it.
+        auxiliary_dim: X, numbers that an extra head learns to read off each image (where the object is, say); 0 for
+            none. What it reads joins the condition.
         auxiliary_weight: of its loss beside the diffusion loss.
         noise_draws: D, noisy versions of each sample in one training step; they share one run of the encoder.
     """
@@ -56,12 +58,13 @@ class DiffusionConfig:
     agent_pos_dim: int = 9
     action_dim: int = 7
     network: Literal["unet", "transformer"] = "unet"
-    observation_horizon: int = 2
+    observation_horizon: int = 1
     prediction_horizon: int = 16
-    action_horizon: int = 8
+    action_horizon: int = 4
     encoder_channels: tuple[int, int] = (32, 64)
     encoder_blocks: int = 1
     keypoints: int = 32
+    condition_width: int = 128
     unet_channels: tuple[int, ...] = (64, 128)
     width: int = 128
     layers: int = 4
@@ -71,7 +74,7 @@ class DiffusionConfig:
     prediction: Literal["sample", "epsilon"] = "sample"
     auxiliary_dim: int = 0
     auxiliary_weight: float = 0.5
-    noise_draws: int = 4
+    noise_draws: int = 2
 
     def __post_init__(self) -> None:
         for name in ("image_size", "encoder_channels", "unet_channels"):  # JSON gives lists
@@ -150,7 +153,13 @@ class DiffusionModel(nn.Module):
         self.auxiliary_mean: Tensor
         self.auxiliary_std: Tensor
         self.encoder = ImageEncoder(config.image_size, config.encoder_channels, config.encoder_blocks, config.keypoints)
-        condition = config.observation_horizon * (self.encoder.size + config.agent_pos_dim)
+        # Without it the numbers would meet the denoiser's first activation raw, and it flattens the negative half.
+        self.fuse = nn.Sequential(
+            nn.Linear(self.encoder.size + config.agent_pos_dim + config.auxiliary_dim, config.condition_width),
+            nn.Mish(),
+            nn.Linear(config.condition_width, config.condition_width),
+        )
+        condition = config.observation_horizon * config.condition_width
         self.denoiser: Denoiser
         if config.network == "unet":
             self.denoiser = ConditionalUnet1d(config.action_dim, condition, config.unet_channels)
@@ -189,10 +198,9 @@ class DiffusionModel(nn.Module):
         """
         config = self.config
         images_BOHWC = batch["images_BOHWC"]
-        seen_shape = images_BOHWC.shape[:2]
         damaged = damage_images(_to_float(images_BOHWC.flatten(0, 1)), generator)
-        points_NE = self.encoder(damaged)
-        condition_BG = self._condition(points_NE.unflatten(0, seen_shape), batch["agent_pos_BOP"].float())
+        points_BOE = self.encoder(damaged).unflatten(0, images_BOHWC.shape[:2])
+        condition_BG, read_BOX = self._condition(points_BOE, batch["agent_pos_BOP"].float())
         repeated_BG = condition_BG.repeat(config.noise_draws, 1)
         clean_BHA = self._scaled(batch["actions_BHA"].float()).repeat(config.noise_draws, 1, 1)
         device = clean_BHA.device
@@ -204,8 +212,8 @@ class DiffusionModel(nn.Module):
         metrics = {"denoising": denoising.detach()}
         if self.auxiliary is None:
             return denoising, metrics
-        wanted = (batch["auxiliary_BOX"].float().flatten(0, 1) - self.auxiliary_mean) / self.auxiliary_std
-        auxiliary = F.smooth_l1_loss(self.auxiliary(points_NE).float(), wanted, beta=0.1)
+        wanted_BOX = (batch["auxiliary_BOX"].float() - self.auxiliary_mean) / self.auxiliary_std
+        auxiliary = F.smooth_l1_loss(read_BOX, wanted_BOX, beta=0.1)
         metrics["auxiliary"] = auxiliary.detach()
         return denoising + config.auxiliary_weight * auxiliary, metrics
 
@@ -222,9 +230,8 @@ class DiffusionModel(nn.Module):
             agent_pos_BOP: in its own units; of size 0 in the last dim for a policy without it.
             noise_BHA: standard normal; DDIM without added noise is a function of it.
         """
-        seen_shape = images_BOHWC.shape[:2]
-        points = self.encoder(_to_float(images_BOHWC.flatten(0, 1))).unflatten(0, seen_shape)
-        condition_BG = self._condition(points, agent_pos_BOP.float())
+        points_BOE = self.encoder(_to_float(images_BOHWC.flatten(0, 1))).unflatten(0, images_BOHWC.shape[:2])
+        condition_BG, _ = self._condition(points_BOE, agent_pos_BOP.float())
         x_BHA = noise_BHA
         for timestep in self._sample_schedule.timesteps:
             level_B = torch.full((len(x_BHA),), int(timestep), device=x_BHA.device)
@@ -249,10 +256,15 @@ class DiffusionModel(nn.Module):
         standard = self.auxiliary(self.encoder(_to_float(images_BHWC))).float()
         return torch.as_tensor(standard * self.auxiliary_std + self.auxiliary_mean)
 
-    def _condition(self, points_BOE: Tensor, agent_pos_BOP: Tensor) -> Tensor:
-        """(B, G): of each observation the image's points and the standardised agent_pos."""
+    def _condition(self, points_BOE: Tensor, agent_pos_BOP: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, G), made of each observation's points, agent_pos and reading, and the standardised reading (B, O, X).
+
+        The denoising loss does not reach the reading, so that it stays what its own targets ask for.
+        """
+        read_BOX = points_BOE[..., :0] if self.auxiliary is None else self.auxiliary(points_BOE).float()
         pose_BOP = (agent_pos_BOP - self.agent_pos_mean) / self.agent_pos_std
-        return torch.cat([points_BOE.float(), pose_BOP], dim=-1).flatten(1)
+        seen = torch.cat([points_BOE.float(), pose_BOP, read_BOX.detach()], dim=-1)
+        return self.fuse(seen).flatten(1), read_BOX
 
     def _scaled(self, actions_BHA: Tensor) -> Tensor:
         span = (self.action_high - self.action_low).clamp_min(1e-6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_policies import CONFIG, SIZE, observations, toy_diffusion
+from toy_policies import CONFIG, SIZE, STATISTICS, observations, toy_diffusion
 
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.policies.diffusion import DiffusionConfig, DiffusionPolicy, load_diffusion, save_diffusion
@@ -40,7 +40,7 @@ def test_it_learns_what_the_image_says(network: str) -> None:
     data = batch()
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(40):
+    for _ in range(80):
         optimizer.zero_grad()
         loss, metrics = model.loss(data, generator)
         loss.backward()
@@ -51,6 +51,21 @@ def test_it_learns_what_the_image_says(network: str) -> None:
     assert sampled.shape == (8, 8, 7)
     assert (sampled.sign() == data["actions_BHA"][:, :8].sign()).float().mean() > 0.9
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_reading_is_acted_on_and_taught_by_its_own_targets_alone() -> None:
+    model = toy_diffusion()
+    unread = type(model)(replace(CONFIG, auxiliary_weight=0.0), STATISTICS)
+    unread.load_state_dict(model.state_dict())
+    unread.loss(batch(), torch.Generator().manual_seed(0))[0].backward()
+    assert model.auxiliary is not None and unread.auxiliary is not None
+    assert all(not p.grad.any() for p in unread.auxiliary.parameters() if p.grad is not None)
+    data, noise = batch(), torch.zeros(8, 16, 7)
+    before = model.eval().sample(data["images_BOHWC"], data["agent_pos_BOP"], noise)
+    with torch.no_grad():
+        for parameter in model.auxiliary.parameters():
+            parameter.add_(1.0)
+    assert not torch.allclose(before, model.sample(data["images_BOHWC"], data["agent_pos_BOP"], noise))
 
 
 def test_noise_prediction_is_the_other_target() -> None:
@@ -147,7 +162,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_wrong_settings_and_observations_say_what_is_right() -> None:
     with pytest.raises(InvalidArgument, match="action_horizon must lie between 1 and .* = 15, got 16"):
-        DiffusionConfig(action_horizon=16)
+        DiffusionConfig(observation_horizon=2, action_horizon=16)
     with pytest.raises(InvalidArgument, match="must be a multiple of 4 for a U-Net of 3 levels, got 14"):
         DiffusionConfig(unet_channels=(8, 8, 8), prediction_horizon=14)
     with pytest.raises(InvalidArgument, match="network must be one of"):

@@ -1,6 +1,6 @@
 """Train a diffusion policy on demonstrations: ``hma-gym train policy``.
 
-    hma-gym train policy --data demos.hdf5 --out runs/policy --steps 4000 --read-object
+    hma-gym train policy --data demos.hdf5 --out runs/policy --steps 5000 --read-object
 
 ``out/step-0001000`` and so on are checkpoints of the averaged weights, kept along the way, each a policy that
 ``hma-gym evaluate`` takes; ``out/metrics.jsonl`` is the log. Killed at any moment, the same line goes on.
@@ -45,8 +45,8 @@ class PolicyOptions:
         demonstrations: how many to learn from, the first so many that are not of the validation split; None for all.
         network: ``unet`` or ``transformer``.
         unet_channels: widths of the U-Net's levels.
-        read_object: also teach the encoder where the object is, from ``obs/object`` of the demonstrations; acting does
-            not use it. It pays where there are few demonstrations or little time.
+        read_object: also teach a head to read off the image where the object is, from ``obs/object`` of the
+            demonstrations, and act on what it reads. It pays where there are few demonstrations or little time.
         batch_size: samples a step.
         lr: peak learning rate of AdamW.
         minutes: stop this session, saved, after so many minutes; the same line goes on.
@@ -58,7 +58,7 @@ class PolicyOptions:
 
     data: Path
     out: Path
-    steps: int = 4000
+    steps: int = 5000
     keep_every: int = 500
     demonstrations: int | None = None
     network: Literal["unet", "transformer"] = "unet"
@@ -83,14 +83,15 @@ class PolicyOptions:
 def policy_recipe(options: PolicyOptions, config: DiffusionConfig) -> TrainConfig:
     """The loop's configuration.
 
-    One CPU core (AVX-512 bf16) does about 4 steps of 32 samples a second with the default sizes.
+    A step of 32 samples takes one CPU core (AVX-512 bf16) 0.13 s with the default sizes.
     """
     return TrainConfig(
         out=options.out,
         steps=options.steps,
         optimizer=OptimizerConfig(lr=options.lr, weight_decay=1e-4, betas=(0.9, 0.98)),
         warmup_steps=100,
-        decay="constant",  # every kept checkpoint is then a run of its own length; the average stands in for a decay
+        decay="wsd",  # for the last policy; in the earlier ones the average of the weights stands in for a decay
+        decay_fraction=0.3,
         ema_decay=0.995,
         precision="bf16",
         device=options.device,
