@@ -37,8 +37,14 @@ class Domain:
         delta_std: standard deviation of one step's change of ``agent_pos``, P values; the state head
             predicts the change in these units.
         target_dim: X, dims of the privileged targets (for Lift: cube position, 3 m) that an auxiliary
-            head may learn to read from the features. Never an input; 0 where the data has none.
+            head may learn to read from the features. True ones are never an input to a rollout; 0 where the data
+            has none.
         target_mean, target_std: their statistics, X values each.
+        object_turns: where above 0, the targets are the pose of an object, X = 9: its position (3, m) and the first two
+            columns of its rotation matrix (6); and agent_pos begins with a hand's position (3, m) and quaternion (4,
+            xyzw) in the same frame of reference. The model then foretells and draws the object too (see
+            :mod:`hma_gym.dynamics.body`). The number says in how many positions of a full turn about the upright axis
+            the object looks alike: 4 for a cube, 1 for most things.
         control_hz: steps per second of the environment.
         stride: environment steps per model step (the action chunk of one frame has ``stride`` actions).
         cameras: camera names, the first is the observation.
@@ -58,6 +64,7 @@ class Domain:
     target_dim: int = 0
     target_mean: Vector = ()
     target_std: Vector = ()
+    object_turns: int = 0
     control_hz: float = 20.0
     stride: int = 1
     cameras: tuple[str, ...] = ("agentview",)
@@ -93,6 +100,13 @@ class Domain:
             raise InvalidDomain(
                 f"domain {self.name!r}: needs action_dim >= 0, stride >= 1 and control_hz > 0, got "
                 f"action_dim={self.action_dim}, stride={self.stride}, control_hz={self.control_hz}."
+            )
+        if self.object_turns < 0 or (self.object_turns and (self.target_dim != 9 or self.state_dim < 7)):
+            raise InvalidDomain(
+                f"domain {self.name!r}: object_turns must be 0 or more, and above 0 needs targets of 9 dims (an "
+                "object's pose) and an agent_pos of 7 or more (a hand's pose first), got "
+                f"object_turns={self.object_turns}, "
+                f"{self.target_dim} and {self.state_dim} dims."
             )
         object.__setattr__(self, "cameras", tuple(self.cameras))
         object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))

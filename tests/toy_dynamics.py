@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from hma_gym.domains import Domain
+from hma_gym.dynamics.coast import ManipulationCoast
 from hma_gym.dynamics.mar import FlowHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
+from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns
 from hma_gym.nn.transformer import TrunkConfig
 from hma_gym.training import Optimizer, OptimizerConfig
 
@@ -23,7 +25,9 @@ VQ = MaskGITHeadConfig((4, 4), vocabulary=(4, 3), patch=2)
 HEADS = {"soft": SOFT, "vq": VQ}
 
 
-def domain(name: str = "arm", actions: int = 3, state: int = 2, targets: int = 1, stride: int = 1) -> Domain:
+def domain(
+    name: str = "arm", actions: int = 3, state: int = 2, targets: int = 1, stride: int = 1, object_turns: int = 0
+) -> Domain:
     """A domain whose statistics are not trivial."""
 
     def numbers(count: int, low: float, step: float) -> tuple[float, ...]:
@@ -43,7 +47,21 @@ def domain(name: str = "arm", actions: int = 3, state: int = 2, targets: int = 1
         target_dim=targets,
         target_mean=numbers(targets, 0.5, 0.1),
         target_std=numbers(targets, 2.0, 0.5),
+        object_turns=object_turns,
         stride=stride,
+    )
+
+
+def handling(name: str = "hand", **fields: Any) -> Domain:
+    """A domain with an object, in metres: its pose is the targets, and agent_pos is a hand's pose and two fingers."""
+    own = domain(name, **{"actions": 4, "state": 9, "targets": 9, "object_turns": 4, **fields})
+    return dataclasses.replace(
+        own,
+        state_mean=(0.1, -0.1, 0.2, 0.7, 0.7, 0.1, 0.0, 0.02, -0.02),
+        state_std=(0.1, 0.12, 0.15, 0.3, 0.3, 0.2, 0.2, 0.02, 0.02),
+        delta_std=(0.01, 0.012, 0.015, 0.03, 0.03, 0.02, 0.02, 0.002, 0.002),
+        target_mean=(0.1, -0.1, 0.15, 0.9, 0.0, 0.0, 0.0, 0.9, 0.0),
+        target_std=(0.1, 0.1, 0.05) + (0.3,) * 6,
     )
 
 
@@ -54,6 +72,12 @@ def model(kind: str = "soft", *domains: Domain, trunk: TrunkConfig = TRUNK, seed
     dynamics = Dynamics(DynamicsConfig(trunk, head, **fields), domains or (domain(),))
     for parameter in dynamics.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
+    for index in range(len(dynamics.domains)):
+        body = dynamics.adapter(index).body
+        if isinstance(body.coast, ManipulationCoast):  # in part it stays, in part it is held, in part it falls
+            body.coast.network[-1].weight.data[-3:] *= 0.1  # type: ignore[operator,union-attr]
+            body.coast.network[-1].bias.data[-3:] = 0.0  # type: ignore[operator,union-attr]
+            body.coast.set_floor(0.0)
     return dynamics.eval().requires_grad_(False)
 
 
@@ -81,6 +105,11 @@ def batch(kind: str, dynamics: Dynamics, rows: int, frames: int, seed: int = 1) 
         result["actions"][row, :, owner.action_dim * owner.stride :] = 0
         result["agent_pos"][row, :, owner.state_dim :] = 0
         result["targets"][row, :, owner.target_dim :] = 0
+        if owner.object_turns:
+            thing = result["targets"][row]
+            thing[:, 3:9] = columns_of_matrix(matrix_of_columns(thing[:, 3:9]))
+            thing[:, :3] *= 0.1
+            result["agent_pos"][row, :, :3] *= 0.1
     return result
 
 

@@ -11,6 +11,7 @@ P agent_pos dims, X privileged target dims.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -25,15 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hma_gym.data.episodes import Episode
+from hma_gym.data.episodes import EEF_POS, Episode
+from hma_gym.data.object_pose import POSITION, QUATERNION, object_poses, turned_alike
 from hma_gym.data.robomimic_hdf5 import Dataset, storage_errors
 from hma_gym.domains import Domain
 from hma_gym.errors import DatasetError
 
 SPLITS = ("train", "valid", "test")
 
-#: observation keys that hold the privileged targets, and the slice of them; the first key present is used.
-TARGET_KEYS = (("object", slice(0, 3)),)
+#: robomimic's observation of the object: what is known of it, privileged, is the targets.
+OBJECT_KEY = "object"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,25 @@ class TokenCache:
         """The frames of one episode."""
         return slice(int(self.starts_N1[episode]), int(self.starts_N1[episode + 1]))
 
-    def make_domain(self, name: str, *, stride: int, control_hz: float, image_size: tuple[int, int]) -> Domain:
+    def has_object_pose(self) -> bool:
+        """Whether the targets are an object's pose (see :class:`hma_gym.domains.Domain`)."""
+        return self.targets_FX.shape[1] == 9
+
+    def turned_alike(self, turns: int) -> TokenCache:
+        """The same with the objects' poses of each episode described alike where they look so, see
+        :func:`hma_gym.data.object_pose.turned_alike`; itself where the targets are no poses or ``turns`` is 0."""
+        if not turns or not self.has_object_pose():
+            return self
+        targets = [turned_alike(self.targets_FX[self.rows(n)], turns) for n in range(len(self))]
+        return dataclasses.replace(self, targets_FX=np.concatenate(targets))
+
+    def make_domain(
+        self, name: str, *, stride: int, control_hz: float, image_size: tuple[int, int], object_turns: int = 0
+    ) -> Domain:
         """A domain with the statistics of this cache's training episodes.
 
-        Action bounds are -1 and 1, or the extremes in the data where these lie outside. Changes of agent_pos are over
-        ``stride`` steps.
+        ``object_turns`` counts where the targets are an object's pose. Action bounds are -1 and 1, or the extremes in
+        the data where these lie outside. Changes of agent_pos are over ``stride`` steps.
 
         Raises:
             DatasetError: no training episode is longer than ``stride``.
@@ -91,6 +107,7 @@ class TokenCache:
             targets_FX=self.targets_FX[rows] if self.targets_FX.shape[1] else None,
             action_low=tuple(np.minimum(actions.min(axis=0), -1.0).tolist()),
             action_high=tuple(np.maximum(actions.max(axis=0), 1.0).tolist()),
+            object_turns=object_turns if self.has_object_pose() else 0,
             stride=stride,
             control_hz=control_hz,
             image_size=image_size,
@@ -185,11 +202,17 @@ def join_caches(caches: Sequence[TokenCache]) -> TokenCache:
 
 
 def targets_of(episode: Episode) -> NDArray[np.float32]:
-    """The privileged targets of an episode, (T, X): the object's position where the data has it, else X = 0."""
-    for key, columns in TARGET_KEYS:
-        if key in episode.obs:
-            return np.ascontiguousarray(episode.obs[key][:, columns], dtype=np.float32)
-    return np.zeros((len(episode), 0), np.float32)
+    """The privileged targets of an episode, (T, X): the object's pose (9) where the data has it and ``agent_pos`` is a
+    hand's, its position (3) where only that is known, else X = 0."""
+    if OBJECT_KEY not in episode.obs:
+        return np.zeros((len(episode), 0), np.float32)
+    thing = np.asarray(episode.obs[OBJECT_KEY])
+    hand = episode.obs.get(EEF_POS)
+    if thing.shape[1] >= QUATERNION.stop and hand is not None and episode.agent_pos_TP.shape[1] >= 7:
+        is_rotation = np.allclose(np.linalg.norm(thing[:, QUATERNION], axis=1), 1.0, atol=1e-2)
+        if is_rotation and np.allclose(episode.agent_pos_TP[:, POSITION], hand, atol=1e-4):
+            return object_poses(thing)
+    return np.ascontiguousarray(thing[:, POSITION], dtype=np.float32)
 
 
 def build_token_cache(
@@ -224,7 +247,12 @@ def build_token_cache(
             tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
             tokens = tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32)
             arrays = (tokens, episode.actions_TA, episode.agent_pos_TP, targets_of(episode))
-        for part, array in zip(parts.values(), arrays, strict=True):
+        for (key, part), array in zip(parts.items(), arrays, strict=True):
+            if part and part[0].shape[1:] != array.shape[1:]:
+                raise DatasetError(
+                    f"episodes must be alike: {key} of {name!r} has {array.shape[1:]} numbers a frame, of those before "
+                    f"{part[0].shape[1:]}; record them alike, or delete a token cache of an earlier version."
+                )
             part.append(array)
     return TokenCache(
         tokens=np.concatenate(parts["tokens"]),

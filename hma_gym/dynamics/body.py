@@ -1,17 +1,22 @@
-"""The robot's own body: where it will be next, and what it looks like there.
+"""The robot's own body, and what it handles: where they will be next, and what they look like there.
 
-A camera that stands still shows the robot as a function of ``agent_pos``, and ``agent_pos`` moves mostly as the actions
-say. Both are cheap to learn from single frames and short histories, thousands of times cheaper than with the trunk, so
-they are learned first and by themselves:
+A camera that stands still shows the robot as a function of ``agent_pos`` and an object as one of its pose; and both
+move mostly as the actions say, and as things do that are gripped or let go. All this is cheap to learn from single
+frames and short histories, thousands of times cheaper than with the trunk, so it is learned first and by itself:
 
-- ``coast`` foretells the next agent_pos from the last few changes and actions, trained on its own rollouts;
-- ``look`` draws the tokens of a frame from agent_pos alone (soft tokens only).
+- ``coast`` foretells the next agent_pos and the object's next pose (see :mod:`hma_gym.dynamics.coast`), trained on its
+  own rollouts;
+- ``look`` draws the tokens of a frame from these alone (soft tokens only);
+- ``sight`` reads the object's pose off a frame's tokens: where a rollout begins, and where real frames come in between.
 
-The trunk is given both, and is left with what they cannot know: the objects, contacts, and what hides what. A rollout
-is anchored by them: a background or an arm that was drawn wrong once is drawn right at the next frame.
+The trunk is given what they foretell and draw, and is left with what they cannot know: what hides what, shadows,
+whatever else moves. A rollout is anchored by them: an arm or an object that was drawn wrong once is drawn right at the
+next frame, and an object cannot fade.
 
-Shape legend: B rows, T frames, K steps of history, P agent_pos dims, A action dims x stride, S tokens of a frame,
-C channels, M pictures.
+A domain whose ``object_turns`` is 0 has no object here.
+
+Shape legend: B rows, T frames, K steps of history, P agent_pos dims, X dims of the object's pose (0 without one), A
+action dims x stride, S tokens of a frame, C channels, M pictures.
 """
 
 from __future__ import annotations
@@ -26,198 +31,172 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
+from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, waves
+from hma_gym.dynamics.look import Look
+from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
+from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of_quaternion
+
+#: Scale (m) of the place of an object in the hand, as ``look`` is told it.
+IN_HAND = 0.1
 
 
 @dataclass(frozen=True)
 class BodyConfig:
-    """The body's two networks.
+    """The body's networks.
 
     Attributes:
         history: K, how many past changes and actions ``coast`` is told.
         octaves: positions are shown also as sines and cosines at so many scales, each twice as fine as the one before.
-        coast_width: width of ``coast``.
-        look_width, look_layers: width and residual layers of ``look``.
+        coast_width, coast_layers: of ``coast``.
+        look_width, look_layers: width and residual layers of a token's network in ``look``.
+        sight_width, sight_layers: width and residual layers of ``sight``.
     """
 
     history: int = 3
     octaves: int = 4
-    coast_width: int = 256
-    look_width: int = 512
+    coast_width: int = 384
+    coast_layers: int = 3
+    look_width: int = 160
     look_layers: int = 3
-
-
-@dataclass(frozen=True)
-class Pose:
-    """Proprioception before some frames; leading dims (...) are equal.
-
-    Attributes:
-        agent_pos: (..., P), own units.
-        motions: (..., K, P), its last changes, own units, the latest first.
-        known: (..., K) bool, False where a change is not known: before the first frame of a clip inside an episode.
-        actions: (..., K, A), the normalised actions that led to these changes.
-        acted: (..., K) bool, False where no such action is known.
-    """
-
-    agent_pos: Tensor
-    motions: Tensor
-    known: Tensor
-    actions: Tensor
-    acted: Tensor
-
-    def rows(self, rows: Tensor | slice) -> Pose:
-        """Of some rows only."""
-        return Pose(self.agent_pos[rows], self.motions[rows], self.known[rows], self.actions[rows], self.acted[rows])
-
-    def narrowed(self, state_dim: int, action_size: int) -> Pose:
-        """Without the padding of narrower domains."""
-        return Pose(
-            self.agent_pos[..., :state_dim],
-            self.motions[..., :state_dim],
-            self.known,
-            self.actions[..., :action_size],
-            self.acted,
-        )
-
-    def after(self, agent_pos: Tensor, action: Tensor, given: Tensor) -> Pose:
-        """One step on: the new agent_pos (..., P) and the normalised action (..., A), given or not, that led to it."""
-        return Pose(
-            agent_pos,
-            torch.cat(((agent_pos - self.agent_pos)[..., None, :], self.motions[..., :-1, :]), dim=-2),
-            torch.cat((torch.ones_like(self.known[..., :1]), self.known[..., :-1]), dim=-1),
-            torch.cat((action[..., None, :], self.actions[..., :-1, :]), dim=-2),
-            torch.cat((given[..., None], self.acted[..., :-1]), dim=-1),
-        )
-
-
-def first_pose(agent_pos: Tensor, history: int, action_size: int, at_rest: Tensor) -> Pose:
-    """The pose at a first frame: ``at_rest`` (...) bool says that nothing moved before; otherwise that is unknown."""
-    lead = agent_pos.shape[:-1]
-    return Pose(
-        agent_pos,
-        agent_pos.new_zeros(*lead, history, agent_pos.shape[-1]),
-        at_rest[..., None].expand(*lead, history),
-        agent_pos.new_zeros(*lead, history, action_size),
-        torch.zeros(*lead, history, dtype=torch.bool, device=agent_pos.device),
-    )
-
-
-def clip_poses(agent_pos_BTP: Tensor, actions_BTA: Tensor, given_BT: Tensor, history: int, at_rest_B: Tensor) -> Pose:
-    """The poses of all frames of a clip, as stepping through it would give them.
-
-    Args:
-        agent_pos_BTP: at each frame.
-        actions_BTA: normalised, the action taken at each frame; ``given_BT`` False hides it.
-        at_rest_B: whether nothing moved before the first frame.
-    """
-    change = agent_pos_BTP[:, 1:] - agent_pos_BTP[:, :-1]
-    B, T, _ = agent_pos_BTP.shape
-    motions, actions, acted, known = [], [], [], []
-    time = torch.arange(T, device=agent_pos_BTP.device)
-    for lag in range(1, history + 1):
-        motions.append(F.pad(change, (0, 0, lag, 0))[:, :T])
-        actions.append(F.pad(actions_BTA, (0, 0, lag, 0))[:, :T])
-        acted.append(F.pad(given_BT, (lag, 0))[:, :T])
-        known.append((time >= lag) | at_rest_B[:, None])
-    return Pose(
-        agent_pos_BTP, torch.stack(motions, 2), torch.stack(known, 2), torch.stack(actions, 2), torch.stack(acted, 2)
-    )
+    sight_width: int = 384
+    sight_layers: int = 2
 
 
 class Body(nn.Module):
-    """One domain's body. With an untrained ``coast`` the robot stands still, with an untrained ``look`` it looks as
-    the mean of all frames.
+    """One domain's body. Untrained, everything stands (all but) still and looks as the mean of all frames, and the
+    object is where it is on average.
 
     Args:
         domain: the embodiment.
         config: sizes.
-        tokens: (S, C) of a frame's soft tokens; None where tokens are discrete, which are not drawn.
+        tokens: (rows, columns, C) of a frame's soft tokens; None where tokens are discrete, which are not drawn, and in
+            which no object is seen.
     """
 
-    def __init__(self, domain: Domain, config: BodyConfig, tokens: tuple[int, int] | None) -> None:
+    def __init__(self, domain: Domain, config: BodyConfig, tokens: tuple[int, int, int] | None) -> None:
         super().__init__()
         self.domain, self.config = domain, config
-        P, A = domain.state_dim, domain.action_dim * domain.stride
-        for name in ("state_mean", "state_std", "delta_std"):
+        P = domain.state_dim
+        self.target_dim = domain.target_dim if domain.object_turns and tokens is not None else 0
+        for name in ("state_mean", "state_std", "delta_std", "target_mean", "target_std"):
             self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
+        self.register_buffer("object_step", torch.tensor(OBJECT_STEP), persistent=False)
         for name, bound in (("pose_low", -math.inf), ("pose_high", math.inf)):
             self.register_buffer(name, torch.full((P,), bound))
         self.feature_size = P * (1 + 2 * config.octaves)
-        width, K = config.coast_width, config.history
-        self.coast: nn.Sequential | None = None
-        self.inertia: ExactLinear | None = None
+        self.object_size = (6 * (1 + 2 * config.octaves) + 12) if self.target_dim else 0
+        self.coast: RobotCoast | None = None
         if P:
-            history = K * (P + 1) + (K + 1) * (A + 1)
-            self.inertia = ExactLinear(history, P)
-            self.coast = nn.Sequential(
-                ExactLinear(self.feature_size + history, width),
-                nn.SiLU(),
-                ExactLinear(width, width),
-                nn.SiLU(),
-                ExactLinear(width, width),
-                nn.SiLU(),
-                ExactLinear(width, P),
-            )
-            silence(self.coast[6])
-            silence(self.inertia)
-        self.look: nn.Sequential | None = None
+            kind = ManipulationCoast if self.target_dim else RobotCoast
+            self.coast = kind(domain, config.history, config.octaves, config.coast_width, config.coast_layers)
+        self.look: Look | None = None
+        self.sight: nn.Sequential | None = None
         if P and tokens is not None:
-            self.look = nn.Sequential(
-                nn.Linear(self.feature_size, config.look_width),
-                *(ResidualLayer(config.look_width) for _ in range(config.look_layers)),
-                nn.LayerNorm(config.look_width),
-                nn.Linear(config.look_width, tokens[0] * tokens[1]),
-            )
-            silence(self.look[-1])
-            self.register_buffer("token_mean", torch.zeros(tokens))
-            self.register_buffer("token_std", torch.ones(tokens))
+            rows, columns, channels = tokens
+            size = rows * columns * channels
+            features, thing = self.feature_size + self.object_size, 3 if self.target_dim else 0
+            self.look = Look((rows, columns), channels, features, P, thing, config.look_width, config.look_layers)
+            self.register_buffer("token_mean", torch.zeros(rows * columns, channels))
+            self.register_buffer("token_std", torch.ones(rows * columns, channels))
+            if self.target_dim:
+                seen = size + self.feature_size + 2 * self.target_dim + 1
+                self.sight = _residual(seen, config.sight_width, config.sight_layers, 5)
+
+    def _standard(self, agent_pos: Tensor) -> Tensor:
+        return (agent_pos - self.get_buffer("state_mean")) / self.get_buffer("state_std")
+
+    def _standard_place(self, targets: Tensor) -> Tensor:
+        """The object's position, (..., 3); of no dims without one."""
+        place, mean, std = targets[..., PLACE], self.get_buffer("target_mean"), self.get_buffer("target_std")
+        return (place - mean[PLACE]) / std[PLACE] if self.target_dim else targets
 
     def features(self, agent_pos: Tensor) -> Tensor:
-        """(..., P) in own units -> (..., feature_size): positions, and their sines and cosines at several scales,
-        which tell positions finer than half precision does."""
-        position = (agent_pos - self.get_buffer("state_mean")) / self.get_buffer("state_std")
-        angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(self.config.octaves)]
-        return torch.cat((position, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))), dim=-1)
+        """agent_pos (..., P) in own units -> (..., feature_size)."""
+        return waves(self._standard(agent_pos), self.config.octaves)
 
-    def coasted(self, pose: Pose, action: Tensor, given: Tensor) -> Tensor:
-        """The next agent_pos (..., P) as far as motion and actions tell, without the picture; own units.
+    def object_features(self, agent_pos: Tensor, targets: Tensor) -> Tensor:
+        """The object's pose (..., X), in the room and in the hand -> (..., object_size); own units."""
+        if not self.target_dim:
+            return targets
+        with _full_precision(agent_pos.device):
+            hand = matrix_of_quaternion(agent_pos[..., 3:7])
+            place = (hand.mT @ (targets[..., PLACE] - agent_pos[..., PLACE])[..., None])[..., 0]
+            turned = columns_of_matrix(hand.mT @ matrix_of_columns(targets[..., 3:]))
+        where = torch.cat((self._standard_place(targets), (place / IN_HAND).clamp(-4.0, 4.0)), dim=-1)
+        return torch.cat((waves(where, self.config.octaves), targets[..., 3:], turned), dim=-1)
 
-        Computed in float32 always: a position in half precision tells no velocity.
+    def coasted(self, pose: Pose, action: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """The next agent_pos (..., P) and object's pose (..., X) as far as motion and actions tell, without the
+        picture; own units.
 
         Args:
             pose: up to now.
             action: (..., A), normalised; ``given`` (...) bool hides it where False.
         """
-        if self.coast is None or self.inertia is None:
-            return pose.agent_pos
+        if self.coast is None:
+            return pose.agent_pos, pose.targets
         with _full_precision(pose.agent_pos.device):
-            motions = torch.where(pose.known[..., None], pose.motions / self.get_buffer("delta_std"), 0.0)
-            acted = torch.cat((given[..., None], pose.acted), dim=-1)
-            actions = torch.cat((action[..., None, :], pose.actions), dim=-2)
-            seen = (motions.flatten(-2), pose.known.float())
-            done = (torch.where(acted[..., None], actions, 0.0).flatten(-2), acted.float())
-            history = torch.cat((*seen, *done), dim=-1)
-            change: Tensor = self.coast(torch.cat((self.features(pose.agent_pos), history), dim=-1))
-            change = change + self.inertia(history)  # most of it is linear: how it moved and what it was told
-            return pose.agent_pos + change * self.get_buffer("delta_std")
+            agent_pos, targets = self.coast(pose, action, given, self.within)
+            return agent_pos, targets
 
     def within(self, agent_pos: Tensor) -> Tensor:
         """agent_pos (..., P) held between the extremes of the training data: a table stops a hand, and beyond what was
         seen nothing is known."""
         return torch.minimum(torch.maximum(agent_pos, self.get_buffer("pose_low")), self.get_buffer("pose_high"))
 
+    def set_floor(self, height: float) -> None:
+        """Where an object lies in the training data, the height (m) of its position: no object falls deeper."""
+        if isinstance(self.coast, ManipulationCoast):
+            self.coast.set_floor(height)
+
     def set_pose_bounds(self, low_P: Tensor, high_P: Tensor) -> None:
         """The extremes of agent_pos in the training data, own units."""
         self.get_buffer("pose_low").copy_(low_P)
         self.get_buffer("pose_high").copy_(high_P)
 
-    def drawn(self, agent_pos: Tensor) -> Tensor | None:
-        """(..., P) in own units -> soft tokens (..., S, C) of the robot and what stands still; None if discrete."""
+    def drawn(self, agent_pos: Tensor, targets: Tensor) -> Tensor | None:
+        """(..., P) and (..., X) in own units -> soft tokens (..., S, C) of the robot, the object and what stands still;
+        None if discrete."""
         if self.look is None:
             return None
         mean = self.get_buffer("token_mean")
-        standard: Tensor = self.look(self.features(agent_pos)).float().unflatten(-1, mean.shape)
-        return mean + standard * self.get_buffer("token_std")
+        inputs = torch.cat((self.features(agent_pos), self.object_features(agent_pos, targets)), dim=-1)
+        standard: Tensor = self.look(inputs, self._standard(agent_pos), self._standard_place(targets))
+        return mean + standard.float() * self.get_buffer("token_std")
+
+    def sighted(self, tokens: Tensor, agent_pos: Tensor, believed: Tensor | None) -> Tensor:
+        """Where the object is, read off a frame: its pose (..., X), own units; X = 0 without one.
+
+        With a belief, its place is corrected and its rotation kept, for a single frame shows only where around the
+        upright axis an object is turned, and of that no more than one of its ``object_turns`` alike.
+
+        Args:
+            tokens: of the frame, (..., S, C); agent_pos: (..., P).
+            believed: the pose that was expected, (..., X); None where nothing is known, as at a start.
+        """
+        if self.sight is None:
+            return agent_pos.new_zeros(*agent_pos.shape[:-1], 0)
+        place, turn = self._read(tokens, agent_pos, believed)
+        if believed is not None:
+            return torch.cat((place, believed[..., 3:]), dim=-1)
+        angle = torch.atan2(turn[..., 1], turn[..., 0]) / self.domain.object_turns
+        cosine, sine, nothing = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        return torch.cat((place, torch.stack((cosine, sine, nothing, -sine, cosine, nothing), dim=-1)), dim=-1)
+
+    def _read(self, tokens: Tensor, agent_pos: Tensor, believed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The object's position (..., 3), and (..., 2) cosine and sine of ``object_turns`` times its yaw."""
+        assert self.sight is not None
+        mean, std = self.get_buffer("target_mean"), self.get_buffer("target_std")
+        known = torch.zeros_like(agent_pos[..., :1]) if believed is None else torch.ones_like(agent_pos[..., :1])
+        prior = torch.zeros_like(known).expand(*known.shape[:-1], len(mean)) if believed is None else (believed - mean)
+        fine = (4.0 * prior / std).sin() if believed is not None else prior
+        seen = (tokens - self.get_buffer("token_mean")) / self.get_buffer("token_std")
+        inputs = torch.cat((seen.flatten(-2), self.features(agent_pos), prior / std, fine, known), dim=-1)
+        said: Tensor = self.sight(inputs).float()
+        if believed is None:
+            return mean[PLACE] + said[..., PLACE] * std[PLACE], said[..., 3:]
+        return believed[..., PLACE] + said[..., PLACE] * std[PLACE], said[..., 3:]
 
     def set_token_statistics(self, mean_SC: Tensor, std_SC: Tensor) -> None:
         """Mean and standard deviation of the tokens over the training frames, from which ``look`` starts."""
@@ -232,45 +211,72 @@ class Body(nn.Module):
         return [ParameterGroup("body", [p for p in self.parameters() if p.requires_grad])]
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """``coast`` on its own rollouts, ``look`` on single frames; pseudo-Huber losses, for outliers are contacts
-        and objects.
+        """``coast`` on its own rollouts, ``look`` and ``sight`` on single frames; pseudo-Huber losses, for outliers are
+        contacts.
 
-        In a quarter of the rows some dims are told at each step, as a picture does that corrects them (the fingers,
-        which an object stops).
+        Without an object, in a quarter of the rows some dims are told at each step, as a picture does that corrects
+        them (the fingers, which an object stops).
 
         Args:
-            batch: ``agent_pos`` (B, T + 1, P), ``actions`` (B, T, A) normalised, ``at_rest`` (B,) bool, optional
-                ``warm`` (): so many first transitions are shown, not foretold; ``poses`` (M, P) and ``tokens``
-                (M, S, C).
+            batch: ``agent_pos`` (B, T + 1, P), ``targets`` (B, T + 1, X), ``actions`` (B, T, A) normalised, ``at_rest``
+                (B,) bool, optional ``warm`` (): so many first transitions are shown, not foretold; ``poses`` (M, P),
+                ``places`` (M, X) and ``tokens`` (M, S, C).
             generator: all random choices come from it.
         """
-        agent_pos, actions, device = batch["agent_pos"], batch["actions"], batch["agent_pos"].device
-        B, T, P = len(agent_pos), actions.shape[1], agent_pos.shape[-1]
-        told_BP = torch.rand(B, P, generator=generator, device=device) < 0.5
-        told_BP &= torch.rand(B, 1, generator=generator, device=device) < 0.25
-        given_B = torch.rand(B, generator=generator, device=device) > 0.03
-        pose = first_pose(agent_pos[:, 0], self.config.history, actions.shape[-1], batch["at_rest"])
-        warm = int(batch["warm"]) if "warm" in batch else 0
-        for t in range(warm):
-            pose = pose.after(agent_pos[:, t + 1], actions[:, t], given_B)
-        errors = []
-        for t in range(warm, T):
-            found = self.coasted(pose, actions[:, t], given_B)
-            errors.append((found - agent_pos[:, t + 1]) / self.get_buffer("delta_std"))
-            pose = pose.after(torch.where(told_BP, agent_pos[:, t + 1], found), actions[:, t], given_B)
-        coast_loss = _pseudo_huber(torch.stack(errors, dim=1))[given_B].mean()
-        loss, metrics = coast_loss, {"coast_loss": coast_loss.detach()}
+        coast_loss, metrics = self._coast_loss(batch, generator)
+        loss = coast_loss
         if self.look is not None:
-            drawn = self.drawn(batch["poses"])
+            drawn = self.drawn(batch["poses"], batch["places"])
             assert drawn is not None
             look_loss = _pseudo_huber((drawn - batch["tokens"]) / self.get_buffer("token_std").mean()).mean()
             loss = loss + look_loss
             metrics["look_loss"] = look_loss.detach()
+        if self.sight is not None:
+            sight_loss = self._sight_loss(batch["tokens"], batch["poses"], batch["places"], generator)
+            loss = loss + sight_loss
+            metrics["sight_loss"] = sight_loss.detach()
         return loss, metrics
 
+    def _coast_loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        agent_pos, targets, actions = batch["agent_pos"], batch["targets"], batch["actions"]
+        B, T, P, device = len(agent_pos), actions.shape[1], agent_pos.shape[-1], agent_pos.device
+        told_BP = torch.rand(B, P, generator=generator, device=device) < 0.5
+        told_BP &= torch.rand(B, 1, generator=generator, device=device) < (0.0 if self.target_dim else 0.25)
+        given_B = torch.rand(B, generator=generator, device=device) > 0.03
+        pose = first_pose(agent_pos[:, 0], targets[:, 0], self.config.history, actions.shape[-1], batch["at_rest"])
+        warm = int(batch["warm"]) if "warm" in batch else 0
+        for t in range(warm):
+            pose = pose.after(agent_pos[:, t + 1], targets[:, t + 1], actions[:, t], given_B)
+        errors, object_errors = [], []
+        for t in range(warm, T):
+            found, thing = self.coasted(pose, actions[:, t], given_B)
+            errors.append((found - agent_pos[:, t + 1]) / self.get_buffer("delta_std"))
+            if self.target_dim:
+                object_errors.append((thing - targets[:, t + 1]) / self.get_buffer("object_step"))
+            found = torch.where(told_BP, agent_pos[:, t + 1], found)
+            pose = pose.after(found, thing, actions[:, t], given_B)
+        loss = _pseudo_huber(torch.stack(errors, dim=1))[given_B].mean()
+        metrics = {"coast_loss": loss.detach()}
+        if self.target_dim:
+            object_loss = _pseudo_huber(torch.stack(object_errors, dim=1))[given_B].mean()
+            loss = loss + object_loss
+            metrics["object_loss"] = object_loss.detach()
+        return loss, metrics
 
-class ExactLinear(nn.Linear):
-    """A linear layer that stays in float32 where others are put into a lower precision."""
+    def _sight_loss(self, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
+        """Half of the frames with a belief that is wrong by up to some centimetres, half without."""
+        half, device = len(tokens) // 2, tokens.device
+        level = 0.03 * torch.rand(len(tokens) - half, 1, generator=generator, device=device).square()
+        noise = torch.randn(len(tokens) - half, 3, generator=generator, device=device)
+        believed = torch.cat((places[half:, :3] + level * noise, places[half:, 3:]), dim=-1)
+        noisy = tokens + 0.05 * torch.randn(tokens.shape, generator=generator, device=device)
+        blind = self._read(noisy[:half], agent_pos[:half], None)
+        told = self._read(noisy[half:], agent_pos[half:], believed)
+        place, turn = (torch.cat(parts) for parts in zip(blind, told, strict=True))
+        yaw = self.domain.object_turns * torch.atan2(places[:, 4], places[:, 3])
+        wrong = (place - places[:, :3]) / self.get_buffer("object_step")[PLACE]
+        loss = _pseudo_huber(wrong, 1.0).mean() + _pseudo_huber(turn - torch.stack((yaw.cos(), yaw.sin()), -1)).mean()
+        return loss
 
 
 class ResidualLayer(nn.Module):
@@ -284,6 +290,15 @@ class ResidualLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = self.down(F.silu(self.up(F.layer_norm(x, x.shape[-1:]))))
         return x + change
+
+
+def _residual(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:
+    """A residual network that begins as zero."""
+    last = nn.Linear(width, outputs)
+    silence(last)
+    return nn.Sequential(
+        nn.Linear(inputs, width), *(ResidualLayer(width) for _ in range(layers)), nn.LayerNorm(width), last
+    )
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:

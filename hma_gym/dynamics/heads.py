@@ -63,7 +63,7 @@ class TokenHead(Protocol):
 
     kind: str
     positions: int
-    drawn_size: tuple[int, int] | None  # (S, C) of the tokens that a body can draw
+    drawn_size: tuple[int, int, int] | None  # (rows, columns, C) of the tokens that a body can draw
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to its width, for muP."""

@@ -246,7 +246,7 @@ class SoftHead(nn.Module):
         size = config.channels * config.patch**2
         self.previous_in = nn.Linear(size, width)
         self.current_in = nn.Linear(size, width)
-        self.drawn_size: tuple[int, int] | None = (rows * columns, config.channels)
+        self.drawn_size: tuple[int, int, int] | None = (rows, columns, config.channels)
         self.drawn_in = nn.Linear(2 * size, width)
         self.mask_embedding = nn.Parameter(torch.zeros(width))
         self.mean_out = nn.Linear(width, size)

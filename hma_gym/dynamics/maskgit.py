@@ -79,7 +79,7 @@ class MaskGITHead(nn.Module):
         self.config = config
         rows, columns = config.grid
         self.positions = rows * columns // config.patch**2
-        self.drawn_size: tuple[int, int] | None = None
+        self.drawn_size: tuple[int, int, int] | None = None
         self.previous_in = FactorisedEmbedding(config.vocabulary, config.patch, width)
         self.current_in = FactorisedEmbedding(config.vocabulary, config.patch, width)
         self.mask_embedding = nn.Parameter(torch.zeros(width))

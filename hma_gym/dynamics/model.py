@@ -11,11 +11,13 @@ Notable features:
   first one of the next frame);
 - forward, passive, policy and full dynamics are maskings of this one model: with or without the action given, with
   or without the frame revealed (Section 3.4);
-- what the robot itself will do and look like comes from its :mod:`~hma_gym.dynamics.body`, which the trunk is given;
+- what the robot, and an object that it handles, will do and look like comes from its :mod:`~hma_gym.dynamics.body`,
+  which the trunk is given;
 - can be trained in part on its own rollouts, so that it learns to stay on course after its own errors.
 
 Shape legend: B rows, T frames, S tokens of a frame, N trunk positions, Z extra positions (1 state + action tokens),
-D width, L layers, M modulation vectors, A action dims (of the widest domain, padded), P agent_pos dims, X target dims.
+D width, L layers, M modulation vectors, A action dims (of the widest domain, padded), P agent_pos dims, X target dims,
+O dims of the object's pose that the bodies foretell (X in the domains that have one, 0 where none has).
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.dynamics.body import Body, BodyConfig, Pose, clip_poses, first_pose
+from hma_gym.dynamics.body import Body, BodyConfig
 from hma_gym.dynamics.heads import Draw, Scene
 from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, NoiseModel, SoftHead, SoftHeadConfig, noise_model
 from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, training_mask, unmask
+from hma_gym.dynamics.pose import Pose, clip_poses, first_pose
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument, UnknownName
 from hma_gym.nn.parameters import ParameterGroup, silence, weight_of
@@ -72,7 +75,7 @@ class DynamicsConfig:
         mask_full, mask_minimum: share of training frames that are wholly masked, and the least ratio of the others.
         action_mask: share of training rows whose actions are hidden (passive, policy and full dynamics).
         state_noise: largest constant offset of the previous agent_pos (drift), in units of one step's standard change.
-        rollout_share: share of training batches whose inputs are the model's own rollouts.
+        rollout_share: share of training batches whose inputs are the model's own frames, under the true poses.
         rollout_max: longest own rollout before the training clip ends, in frames.
         state_weight, target_weight, action_weight: weights of these losses beside the tokens'.
     """
@@ -175,7 +178,7 @@ class ModulationBank(nn.Module):
 class DomainAdapter(nn.Module):
     """What belongs to one embodiment: body, action stem, modulation, and the heads for state, action and targets."""
 
-    def __init__(self, domain: Domain, config: DynamicsConfig, tokens: tuple[int, int] | None) -> None:
+    def __init__(self, domain: Domain, config: DynamicsConfig, tokens: tuple[int, int, int] | None) -> None:
         super().__init__()
         self.domain = domain
         self.body = Body(domain, config.body, tokens)
@@ -195,16 +198,25 @@ class DomainAdapter(nn.Module):
         self.state_in = nn.Linear(max(domain.state_dim, 1), width)
         pose_size = 2 * self.body.feature_size + 2 * domain.state_dim + 1
         self.pose = nn.Sequential(nn.Linear(pose_size, width), nn.SiLU(), nn.Linear(width, width))
+        self.object: nn.Sequential | None = None
+        if self.body.target_dim:
+            self.object = nn.Sequential(nn.Linear(2 * self.body.object_size, width), nn.SiLU(), nn.Linear(width, width))
+            silence(self.object[2])
         self.register_buffer("corrected", torch.ones(domain.state_dim))
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
         self.action_out = _action_head(config.head, max(self.action_size, 1), width)
-        self.target_out = nn.Linear(width, max(domain.target_dim, 1))
-        for last in (self.state_out, self.target_out, self.pose[2]):
+        self.target_out: nn.Linear | None = None
+        if domain.target_dim and not self.body.target_dim:
+            self.target_out = nn.Linear(width, domain.target_dim)
+            silence(self.target_out)
+        for last in (self.state_out, self.pose[2]):
             silence(last)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to its width (or a multiple of it)."""
         weights = [weight_of(self.stem[2]), weight_of(self.pose[2]), self.modulation.out]
+        if self.object is not None:
+            weights.append(weight_of(self.object[2]))
         if self.modulation.hidden is not None:
             weights.append(self.modulation.hidden)
         return weights
@@ -212,7 +224,8 @@ class DomainAdapter(nn.Module):
     def readouts(self) -> list[nn.Parameter]:
         """Weights from the trunk's width to a size that does not grow with it."""
         action = self.action_out.condition if isinstance(self.action_out, NoiseModel) else self.action_out
-        return [weight_of(layer) for layer in (self.state_out, action, self.target_out)]
+        layers = (self.state_out, action, self.target_out)
+        return [weight_of(layer) for layer in layers if layer is not None]
 
     def _action_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an action chunk, (stride * A) each."""
@@ -259,8 +272,8 @@ class DomainAdapter(nn.Module):
         embedded: Tensor = self.state_in(agent_pos)
         return embedded
 
-    def embed_pose(self, pose: Pose, coasted: Tensor) -> Tensor:
-        """The pose before a frame, its last change, and the pose that ``coast`` foretells: (..., P) -> (..., D)."""
+    def embed_pose(self, pose: Pose, coasted: Tensor, coasted_targets: Tensor) -> Tensor:
+        """The pose before a frame, its last change, and what ``coast`` foretells, (..., P) and (..., O) -> (..., D)."""
         known, delta_std = pose.known[..., :1], self.get_buffer("delta_std")
         motion = torch.where(known, pose.motions[..., 0, :] / delta_std, 0.0)
         inputs = (
@@ -271,6 +284,10 @@ class DomainAdapter(nn.Module):
             (coasted - pose.agent_pos) / delta_std,
         )
         embedded: Tensor = self.pose(torch.cat(inputs, dim=-1))
+        if self.object is not None:
+            before = self.body.object_features(pose.agent_pos, pose.targets)
+            after = self.body.object_features(coasted, coasted_targets)
+            embedded = embedded + self.object(torch.cat((before, after), dim=-1))
         return embedded
 
     def correction(self, feature: Tensor) -> Tensor:
@@ -282,10 +299,11 @@ class DomainAdapter(nn.Module):
         """The next agent_pos of a rollout, (..., P): what ``coast`` foretells, corrected where that helps a rollout."""
         return coasted + self.get_buffer("corrected") * self.correction(feature)
 
-    def targets(self, feature: Tensor) -> Tensor:
-        """The auxiliary head: (..., D) -> privileged targets (..., X), in their own units."""
-        if self.domain.target_dim == 0:
-            return feature.new_zeros(*feature.shape[:-1], 0, dtype=torch.float32)
+    def targets(self, feature: Tensor, coasted_targets: Tensor) -> Tensor:
+        """Privileged targets (..., X) in their own units: the pose of the object that the body foretells, (..., O), or
+        what the auxiliary head makes of a feature (..., D)."""
+        if self.target_out is None:
+            return coasted_targets
         above_mean: Tensor = self.target_out(feature).float() * self.get_buffer("target_std")
         return self.get_buffer("target_mean") + above_mean
 
@@ -316,14 +334,16 @@ class Condition:
     Attributes:
         modulation: (B, T, L, M, D).
         extra: the extra positions, (B, T, Z, D).
-        coasted: next agent_pos by motion and action alone, (B, T, P), own units.
-        drawn, drawn_before: tokens that the body draws at the coasted and at the present agent_pos, (B, T, S, C); None
+        coasted, coasted_targets: next agent_pos and object's pose by motion and action alone, (B, T, P) and (B, T, O),
+            own units.
+        drawn, drawn_before: tokens that the body draws at the coasted and at the present pose, (B, T, S, C); None
             where it draws none.
     """
 
     modulation: Tensor
     extra: Tensor
     coasted: Tensor
+    coasted_targets: Tensor
     drawn: Tensor | None
     drawn_before: Tensor | None
 
@@ -340,12 +360,13 @@ class Condition:
 @dataclass(frozen=True)
 class Columns:
     """The trunk's output for some frames: token positions, the state position, the pooled feature; and what the body
-    foretells: agent_pos and, with soft tokens, how the frame will look."""
+    foretells: agent_pos, the object's pose and, with soft tokens, how the frame will look."""
 
     tokens_BTND: Tensor
     state_BTD: Tensor
     pooled_BTD: Tensor
     coasted_BTP: Tensor
+    coasted_BTO: Tensor
     drawn: Tensor | None
 
     def after(self, frames: int) -> Columns:
@@ -355,6 +376,7 @@ class Columns:
             self.state_BTD[:, frames:],
             self.pooled_BTD[:, frames:],
             self.coasted_BTP[:, frames:],
+            self.coasted_BTO[:, frames:],
             None if self.drawn is None else self.drawn[:, frames:],
         )
 
@@ -391,6 +413,7 @@ class Dynamics(nn.Module):
         self.action_size = max(domain.action_dim * domain.stride for domain in domains)
         self.state_size = max(domain.state_dim for domain in domains)
         self.target_size = max(domain.target_dim for domain in domains)
+        self.object_size = max(self.adapter(index).body.target_dim for index in range(len(domains)))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """How the parameters are trained at any width (muP: Yang et al. 2022, Table 8).
@@ -467,48 +490,67 @@ class Dynamics(nn.Module):
         for adapter, rows in self._groups(domain_B):
             domain, body = adapter.domain, adapter.body
             chunk, given = actions_BTA[rows, :, : adapter.action_size], given_BT[rows]
-            own = pose.rows(rows).narrowed(domain.state_dim, adapter.action_size)
-            coasted = body.coasted(own, chunk, given)
+            own = pose.rows(rows).narrowed(domain.state_dim, body.target_dim, adapter.action_size)
+            coasted, targets = body.coasted(own, chunk, given)
             embedded = adapter.embed_action(chunk, given)
             extra = adapter.embed_state(own.agent_pos)[:, :, None]
             if self.config.action_tokens:  # alike but for their position embedding, as in the paper
                 tokens = embedded[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
                 extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
-            drawn, before = self._drawn(body, coasted), self._drawn(body, own.agent_pos)
-            padded = F.pad(coasted, (0, self.state_size - domain.state_dim))
-            modulation = adapter.modulation(embedded + adapter.embed_pose(own, coasted))
-            parts.append((rows, Condition(modulation, extra, padded, drawn, before)))
+            drawn, before = self._drawn(body, (coasted, own.agent_pos), (targets, own.targets))
+            modulation = adapter.modulation(embedded + adapter.embed_pose(own, coasted, targets))
+            coasted = F.pad(coasted, (0, self.state_size - domain.state_dim))
+            targets = F.pad(targets, (0, self.object_size - body.target_dim))
+            parts.append((rows, Condition(modulation, extra, coasted, targets, drawn, before)))
         if len(parts) == 1:
             return parts[0][1]
         order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
         return parts[0][1].joined([part for _, part in parts[1:]], order)
 
-    def _drawn(self, body: Body, agent_pos_BTP: Tensor) -> Tensor | None:
-        """What the body looks like, (B, T, S, C); zeros for a domain without a state, None for discrete tokens."""
+    def _drawn(
+        self, body: Body, agent_pos_BTP: tuple[Tensor, Tensor], targets_BTO: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What two poses look like, (B, T, S, C) each; zeros for a domain without a state, None for discrete tokens."""
         if self.head.drawn_size is None:
-            return None
-        drawn = body.drawn(agent_pos_BTP)
-        return agent_pos_BTP.new_zeros(*agent_pos_BTP.shape[:2], *self.head.drawn_size) if drawn is None else drawn
+            return None, None
+        drawn = body.drawn(torch.stack(agent_pos_BTP), torch.stack(targets_BTO))
+        if drawn is None:
+            rows, columns, channels = self.head.drawn_size
+            drawn = agent_pos_BTP[0].new_zeros(2, *agent_pos_BTP[0].shape[:2], rows * columns, channels)
+        return drawn[0], drawn[1]
 
     def _clip_pose(
-        self, agent_pos_BTP: Tensor, actions_BTA: Tensor, given_BT: Tensor, at_rest_B: Tensor | None
+        self,
+        agent_pos_BTP: Tensor,
+        targets_BTO: Tensor,
+        actions_BTA: Tensor,
+        given_BT: Tensor,
+        at_rest_B: Tensor | None,
     ) -> Pose:
         """Proprioception of a clip, with the history that a rollout would have; in place there is none."""
         history = self.config.body.history
         if self.config.conditioning == "in_place":
             nothing = torch.zeros(agent_pos_BTP.shape[:2], dtype=torch.bool, device=agent_pos_BTP.device)
-            return first_pose(agent_pos_BTP, history, self.action_size, nothing)
+            return first_pose(agent_pos_BTP, targets_BTO, history, self.action_size, nothing)
         if at_rest_B is None:
             at_rest_B = torch.zeros(len(agent_pos_BTP), dtype=torch.bool, device=agent_pos_BTP.device)
-        return clip_poses(agent_pos_BTP, actions_BTA, given_BT, history, at_rest_B)
+        return clip_poses(agent_pos_BTP, targets_BTO, actions_BTA, given_BT, history, at_rest_B)
 
     def _rollout_pose(self, state: RolloutState) -> Pose:
         """Proprioception of the next column of a rollout, (B, 1, ...); a rollout starts at rest."""
         if self.config.conditioning == "in_place":
             nothing = torch.zeros(len(state), 1, dtype=torch.bool, device=state.step_B.device)
-            return first_pose(state.agent_pos_BP[:, None], self.config.body.history, self.action_size, nothing)
-        known = torch.ones_like(state.acted_BK)
-        pose = Pose(state.agent_pos_BP, state.motions_BKP, known, state.actions_BKA, state.acted_BK)
+            place, thing = state.agent_pos_BP[:, None], state.targets_BO[:, None]
+            return first_pose(place, thing, self.config.body.history, self.action_size, nothing)
+        pose = Pose(
+            state.agent_pos_BP,
+            state.targets_BO,
+            state.motions_BKP,
+            state.target_motions_BKO,
+            torch.ones_like(state.acted_BK),
+            state.actions_BKA,
+            state.acted_BK,
+        )
         return Pose(*(getattr(pose, f.name)[:, None] for f in dataclasses.fields(pose)))
 
     def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
@@ -517,7 +559,8 @@ class Dynamics(nn.Module):
     def _columns(self, x_BTND: Tensor, condition: Condition) -> Columns:
         x_BTND = F.layer_norm(x_BTND, x_BTND.shape[-1:])
         n = self.head.positions
-        return Columns(x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2), condition.coasted, condition.drawn)
+        seen = (x_BTND[:, :, :n], x_BTND[:, :, n], x_BTND.mean(dim=2))
+        return Columns(*seen, condition.coasted, condition.coasted_targets, condition.drawn)
 
     def _embed(self, current: Tensor, masked_BTN: Tensor, condition: Condition) -> Tensor:
         """Tokens of the frames themselves, masked where told, and what the body draws: (B, T, N, D)."""
@@ -534,6 +577,7 @@ class Dynamics(nn.Module):
         actions_BTA: Tensor,
         given_BT: Tensor,
         agent_pos_BTP: Tensor,
+        targets_BTO: Tensor,
         domain_B: Tensor,
         at_rest_B: Tensor | None = None,
     ) -> Columns:
@@ -546,12 +590,13 @@ class Dynamics(nn.Module):
             actions_BTA: the normalised action that led to each frame; ``given_BT`` False hides it.
             agent_pos_BTP: agent_pos of the frame before each frame, raw units; in place, that of the frame itself where
                 the frame is clean.
+            targets_BTO: the object's pose, likewise; O = 0 where no domain has one.
             at_rest_B: bool, True where the clip begins at rest, as rollouts do; by default how it moves is unknown.
 
         Raises:
             InvalidArgument: learned time positions and a clip longer than the window.
         """
-        pose = self._clip_pose(agent_pos_BTP, actions_BTA, given_BT, at_rest_B)
+        pose = self._clip_pose(agent_pos_BTP, targets_BTO, actions_BTA, given_BT, at_rest_B)
         condition = self._condition(actions_BTA, given_BT, pose, domain_B)
         x = self._embed(current, masked_BTN, condition)
         if self.config.conditioning == "shifted":
@@ -573,8 +618,8 @@ class Dynamics(nn.Module):
 
         Args:
             batch: ``tokens`` (B, T + 1, S...); optional ``actions`` (B, T, A) raw, ``agent_pos`` (B, T + 1, P) raw,
-                ``targets`` (B, T + 1, X) raw, ``given`` (B, T) bool (False: no action is known), ``domain`` (B,),
-                ``at_rest`` (B,) bool (True: the clip begins where an episode does).
+                ``targets`` (B, T + 1, X) raw (needed where bodies have an object), ``given`` (B, T) bool (False: no
+                action is known), ``domain`` (B,), ``at_rest`` (B,) bool (True: the clip begins where an episode does).
                 Without actions this is passive training. Where ``rollout_share`` > 0, T must be ``rollout_max`` + the
                 clip's own length; teacher-forced rows use a part of it.
             generator: all random choices come from it.
@@ -596,8 +641,10 @@ class Dynamics(nn.Module):
         hidden_B = torch.rand(B, generator=generator, device=device) < config.action_mask
         given = known & ~hidden_B[:, None]
         previous, previous_pos = self.head.corrupt(tokens[:, :-1], generator), agent_pos[:, :-1]
-        drift = self._drift(B, domain_B, generator)
+        drift, thing_drift = self._drift(B, domain_B, generator)
         previous_pos, aimed_pos = previous_pos + drift, agent_pos + drift  # the picture does not undo a drift
+        things = self._things(batch, B, T)
+        previous_things = things[:, :-1] + thing_drift
         start = 0
         if config.rollout_share > 0:
             clip = T - config.rollout_max
@@ -609,27 +656,25 @@ class Dynamics(nn.Module):
             start = int(torch.randint(config.rollout_max + 1, (1,), generator=generator, device=device))
             if float(torch.rand((), generator=generator, device=device)) < config.rollout_share:
                 seeds = torch.randint(2**31, (B,), generator=generator, device=device)
-                previous, previous_pos = self._own_rollout(
-                    tokens, agent_pos, actions, known, domain_B, seeds, start + clip
-                )
-                aimed_pos = agent_pos
+                previous = self._own_rollout(tokens, agent_pos, things, actions, known, domain_B, seeds, start + clip)
             stop = start + clip
             tokens, aimed_pos = tokens[:, start : stop + 1], aimed_pos[:, start : stop + 1]
             previous, previous_pos = previous[:, start:stop], previous_pos[:, start:stop]
+            previous_things = previous_things[:, start:stop]
             actions, given, known, T = actions[:, start:stop], given[:, start:stop], known[:, start:stop], clip
         masked = training_mask(B, T, self.head.positions, config.mask_full, config.mask_minimum, generator)
         if config.conditioning == "shifted":
             predicted = torch.ones_like(given)
             at_rest = batch.get("at_rest") if start == 0 else None
             columns = self.clip_features(
-                tokens[:, 1:], previous, masked, actions, given, previous_pos, domain_B, at_rest
+                tokens[:, 1:], previous, masked, actions, given, previous_pos, previous_things, domain_B, at_rest
             )
         else:
             first_B = torch.randint(T, (B,), generator=generator, device=device)
             predicted = torch.arange(T, device=device) >= first_B[:, None]
             masked = masked & predicted[..., None]
             columns = self._in_place_columns(
-                tokens, previous, masked, predicted, actions, given, previous_pos, domain_B
+                tokens, previous, masked, predicted, actions, given, previous_pos, previous_things, domain_B
             )
         scene = Scene(previous, columns.drawn)
         loss, metrics = self.head.loss(columns.tokens_BTND, tokens[:, 1:], scene, masked, generator)
@@ -650,59 +695,91 @@ class Dynamics(nn.Module):
         actions_BTA: Tensor,
         given_BT: Tensor,
         agent_pos_BTP: Tensor,
+        targets_BTO: Tensor,
         domain_B: Tensor,
     ) -> Columns:
         """The paper's layout: clean columns up to a frame, then masked ones.
 
-        A clean column is given its own frame's agent_pos, a masked one that of the frame before, as in a rollout.
+        A clean column is given its own frame's pose, a masked one that of the frame before, as in a rollout.
         """
         shown = torch.cat((previous[:, 1:], tokens[:, -1:]), dim=1)  # frames 1..T as a rollout would have them
-        shown_pos = torch.cat((agent_pos_BTP[:, 1:], agent_pos_BTP[:, -1:]), dim=1)  # the last frame is never context
         is_new = predicted_BT.view(*predicted_BT.shape, *(1,) * (tokens.ndim - 2))
         current = torch.cat((previous[:, :1], torch.where(is_new, tokens[:, 1:], shown)), dim=1)
-        position = torch.where(predicted_BT[..., None], agent_pos_BTP, shown_pos)
+
+        def place(before_BTE: Tensor) -> Tensor:
+            own = torch.cat((before_BTE[:, 1:], before_BTE[:, -1:]), dim=1)  # the last frame is never context
+            return torch.cat((before_BTE[:, :1], torch.where(predicted_BT[..., None], before_BTE, own)), dim=1)
+
         return self.clip_features(
             current,
             current,
             torch.cat((torch.zeros_like(masked_BTN[:, :1]), masked_BTN), dim=1),
             torch.cat((torch.zeros_like(actions_BTA[:, :1]), actions_BTA), dim=1),
             torch.cat((torch.zeros_like(given_BT[:, :1]), given_BT), dim=1),
-            torch.cat((agent_pos_BTP[:, :1], position), dim=1),
+            place(agent_pos_BTP),
+            place(targets_BTO),
             domain_B,
         ).after(1)
 
-    def _drift(self, rows: int, domain_B: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 1, P): a constant offset of each row's agent_pos, of random size. White noise would hide the velocity."""
+    def _things(self, batch: Mapping[str, Tensor], rows: int, steps: int) -> Tensor:
+        """The objects' poses of a batch, (B, T + 1, O)."""
+        if not self.object_size:
+            return batch["tokens"].new_zeros(rows, steps + 1, 0, dtype=torch.float32)
+        if "targets" not in batch:
+            raise InvalidArgument(
+                "batch must have targets, the objects' poses, where a domain has object_turns > 0, got "
+                f"{sorted(batch)}; add them, or make the domain with object_turns=0."
+            )
+        return batch["targets"][..., : self.object_size]
+
+    def _drift(self, rows: int, domain_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, 1, P) and (B, 1, O): a constant offset of each row's agent_pos and object's place, of random size. White
+        noise would hide the velocity."""
         device = domain_B.device
         level = self.config.state_noise * torch.rand(rows, 1, 1, generator=generator, device=device)
         drift = level * torch.randn(rows, 1, self.state_size, generator=generator, device=device)
         for adapter, chosen in self._groups(domain_B):
             drift[chosen, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
-        return drift
+        thing = level * torch.randn(rows, 1, self.object_size, generator=generator, device=device)
+        for adapter, chosen in self._groups(domain_B):
+            size = adapter.body.target_dim
+            thing[chosen, :, :size] *= adapter.body.get_buffer("object_step")[:size]
+        return drift, thing
 
     @torch.no_grad()
     def _own_rollout(
         self,
         tokens: Tensor,
         agent_pos: Tensor,
+        things: Tensor,
         actions: Tensor,
         known_BT: Tensor,
         domain_B: Tensor,
         seed_B: Tensor,
         frames: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """The model's own frames 0..frames-1, inputs for the training columns.
 
-        The actions are the true ones (normalised), where the data has them.
+        Actions (normalised) and poses are the true ones: the bodies are trained by themselves, and the pictures are to
+        follow them.
         """
         state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain=domain_B)
-        kept, kept_pos = [state.tokens], [state.agent_pos_BP]
+        state = dataclasses.replace(state, targets_BO=things[:, 0])
+        kept = [state.tokens]
         for t in range(frames - 1):
+            pose = self._rollout_pose(state).rows((slice(None), 0))
+            pose = pose.after(agent_pos[:, t + 1], things[:, t + 1], actions[:, t], known_BT[:, t])
             state, _ = self._step(state, actions[:, t], known_BT[:, t], True, None)
+            state = dataclasses.replace(
+                state,
+                agent_pos_BP=pose.agent_pos,
+                targets_BO=pose.targets,
+                motions_BKP=pose.motions,
+                target_motions_BKO=pose.target_motions,
+            )
             kept.append(state.tokens)
-            kept_pos.append(state.agent_pos_BP)
         torch.clear_autocast_cache()  # copies of weights made without gradients must not serve the training pass
-        return torch.stack(kept, dim=1), torch.stack(kept_pos, dim=1)
+        return torch.stack(kept, dim=1)
 
     def _side_losses(
         self,
@@ -727,8 +804,8 @@ class Dynamics(nn.Module):
                 error = error / adapter.get_buffer("delta_std")
                 wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
                 state_loss = state_loss + share * _mean_where(wrong.mean(-1), predicted)
-            if domain.target_dim and targets is not None:
-                error = adapter.targets(feature) - targets[rows, :, : domain.target_dim]
+            if adapter.target_out is not None and targets is not None:
+                error = adapter.targets(feature, columns.coasted_BTO) - targets[rows, :, : domain.target_dim]
                 error = error / adapter.get_buffer("target_std")
                 wrong = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=0.2)
                 target_loss = target_loss + share * _mean_where(wrong.mean(-1), predicted)
@@ -746,7 +823,7 @@ class Dynamics(nn.Module):
     def start(
         self, tokens: Tensor, agent_pos_BP: Tensor | None, seed_B: Tensor, domain: str | Tensor | None = None
     ) -> RolloutState:
-        """The state of B rollouts that begin at one real frame.
+        """The state of B rollouts that begin at one real frame; the body reads off it where the object is.
 
         Args:
             tokens: of that frame, (B, S, C) float or (B, S) int64.
@@ -776,7 +853,9 @@ class Dynamics(nn.Module):
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP.float(),
+            targets_BO=self._sighted(tokens, agent_pos_BP.float(), None, domain_B),
             motions_BKP=torch.zeros(B, history, self.state_size, device=device),
+            target_motions_BKO=torch.zeros(B, history, self.object_size, device=device),
             actions_BKA=torch.zeros(B, history, self.action_size, device=device),
             acted_BK=torch.zeros(B, history, dtype=torch.bool, device=device),
             keys_BLWND=cache.keys_BLWND,
@@ -826,7 +905,20 @@ class Dynamics(nn.Module):
             return state
         agent_pos_BP, motions_BKP = agent_pos_BP.float(), state.motions_BKP.clone()
         motions_BKP[:, 0] = agent_pos_BP - before
-        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP, motions_BKP=motions_BKP)
+        # What is seen corrects where the object is believed to be; that it was believed elsewhere is no motion.
+        targets_BO = self._sighted(tokens, agent_pos_BP, state.targets_BO, state.domain_B)
+        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP, motions_BKP=motions_BKP, targets_BO=targets_BO)
+
+    def _sighted(self, tokens: Tensor, agent_pos_BP: Tensor, believed_BO: Tensor | None, domain_B: Tensor) -> Tensor:
+        """The objects' poses read off frames, (B, O); see :meth:`hma_gym.dynamics.body.Body.sighted`."""
+        result = agent_pos_BP.new_zeros(len(tokens), self.object_size)
+        for adapter, rows in self._groups(domain_B):
+            size = adapter.body.target_dim
+            if size:
+                own = None if believed_BO is None else believed_BO[rows, :size]
+                seen = adapter.body.sighted(tokens[rows], agent_pos_BP[rows, : adapter.domain.state_dim], own)
+                result[rows, :size] = seen
+        return result
 
     @torch.no_grad()
     def act(self, state: RolloutState) -> Tensor:
@@ -920,12 +1012,15 @@ class Dynamics(nn.Module):
         for adapter, rows in self._groups(state.domain_B):
             P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
             agent_pos[rows, :P] = adapter.body.within(adapter.next_state(feature, first.coasted_BTP[rows, 0, :P]))
-            targets[rows, :X] = adapter.targets(feature)
+            targets[rows, :X] = adapter.targets(feature, first.coasted_BTO[rows, 0, :X])
+        things, moved = first.coasted_BTO[:, 0], first.coasted_BTO[:, 0] - state.targets_BO
         after = dataclasses.replace(
             state,
             tokens=tokens,
             agent_pos_BP=agent_pos,
+            targets_BO=things,
             motions_BKP=torch.cat(((agent_pos - state.agent_pos_BP)[:, None], state.motions_BKP[:, :-1]), dim=1),
+            target_motions_BKO=torch.cat((moved[:, None], state.target_motions_BKO[:, :-1]), dim=1),
             actions_BKA=torch.cat((action_BA[:, None], state.actions_BKA[:, :-1]), dim=1),
             acted_BK=torch.cat((given_B[:, None], state.acted_BK[:, :-1]), dim=1),
             keys_BLWND=cache.keys_BLWND,

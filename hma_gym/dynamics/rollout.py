@@ -3,7 +3,7 @@
 Every tensor has the row first, so all operations are one index a tensor, and nothing is kept in a module.
 
 Shape legend: B rows, S tokens of a frame, P agent_pos dims, A action dims, K steps of the body's history, D width,
-X privileged target dims.
+X privileged target dims, O dims of the object's pose that the bodies foretell (0 where none has an object).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class RolloutState:
     Attributes:
         tokens: the last frame's tokens, (B, S, C) float or (B, S) int64.
         agent_pos_BP: the last frame's proprioception in its own units (metres, quaternion, gripper), float32.
-        motions_BKP: its last K changes, the latest first, same units; 0 before a start, which is taken to be at rest.
+        targets_BO: where the object is believed to be, its pose in own units (see :class:`hma_gym.domains.Domain`).
+        motions_BKP: the last K changes of agent_pos, the latest first, same units; 0 before a start, which is taken to
+            be at rest.
+        target_motions_BKO: those of the object's pose, likewise.
         actions_BKA: the actions that led to them, normalised; meaningless where ``acted_BK`` is False.
         acted_BK: bool, False before a start and where no action was given.
         keys_BLWND, values_BLWND, step_B: the cache (see :class:`hma_gym.nn.transformer.Cache`).
@@ -36,7 +39,9 @@ class RolloutState:
 
     tokens: Tensor
     agent_pos_BP: Tensor
+    targets_BO: Tensor
     motions_BKP: Tensor
+    target_motions_BKO: Tensor
     actions_BKA: Tensor
     acted_BK: Tensor
     keys_BLWND: Tensor

@@ -122,10 +122,10 @@ class ScriptedActor:
         if step % self.cycle == 0:
             self.scripts = [self._script(row, step // self.cycle) for row in range(count)]
         seen_BX = targets_BX.numpy() if step else self.object_start_BX
-        upright = np.array([1.0, 0.0])  # a cube's yaw is not among the targets
         actions = []
         for script, place, pose in zip(self.scripts, seen_BX, agent_pos_BP.numpy(), strict=True):
-            belief = np.concatenate([place[:3], upright]).astype(np.float64)
+            turn = 4 * np.arctan2(place[4], place[3]) if len(place) > 4 else 0.0  # where the yaw is among the targets
+            belief = np.concatenate([place[:3], [np.cos(turn), np.sin(turn)]]).astype(np.float64)
             actions.append(script.act(believed_state(belief, pose.astype(np.float64))))
         return torch.from_numpy(np.stack(actions))
 

@@ -396,6 +396,7 @@ def measure_perplexity(checkpoint: Checkpoint, held_out: HeldOut, settings: Fide
             dynamics.normalise_actions(actions, domain_B),
             masked[..., 0],
             agent_pos,
+            torch.zeros(1, settings.steps, 0, device=device),
             domain_B,
         )
         scene = Scene(tokens[:, :-1], columns.drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +20,8 @@ from hma_gym.data.cache import (
     read_frame_pack,
     write_frame_pack,
 )
-from hma_gym.data.episodes import Episode
+from hma_gym.data.episodes import EEF_POS, Episode
+from hma_gym.data.object_pose import object_poses
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter, open_dataset
 from hma_gym.errors import DatasetError, StorageError
 
@@ -60,6 +62,14 @@ class _Encoder:
 def _equal(a: TokenCache, b: TokenCache) -> bool:
     fields = [f.name for f in dataclasses.fields(TokenCache)]
     return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in fields)
+
+
+def test_episodes_that_differ_in_what_they_tell_are_refused(tmp_path: Path) -> None:
+    writer = _record(tmp_path / "d.hdf5", range(2))
+    writer.write(2, _episode(2, targets=False))
+    writer.merge()
+    with pytest.raises(DatasetError, match="targets of 'demo_2' has"):
+        build_token_cache(open_dataset(tmp_path / "d.hdf5"), _Encoder(), progress=False)
 
 
 def test_rows_are_the_episodes_and_survive_the_disk(tmp_path: Path) -> None:
@@ -123,6 +133,53 @@ def test_data_without_targets_has_none(tmp_path: Path) -> None:
     cache = build_token_cache(open_dataset(tmp_path / "d.hdf5"), _Encoder(), progress=False)
     assert cache.targets_FX.shape[1] == 0
     assert cache.make_domain("d", stride=1, control_hz=10.0, image_size=(8, 8)).target_dim == 0
+
+
+def _handled(index: int) -> Episode:
+    """A hand, and a cube that another quarter of a turn has brought about in each episode."""
+    plain = _episode(index)
+    rng, rows = np.random.default_rng(index), len(plain)
+    yaw = 0.1 + index * np.pi / 2 + 0.02 * np.arange(rows)
+    nothing = np.zeros(rows)
+    cube = np.stack((*rng.normal(size=(3, rows)), nothing, nothing, np.sin(yaw / 2), np.cos(yaw / 2)), axis=1)
+    hand = rng.normal(size=(rows, 9)).astype(np.float32)
+    return dataclasses.replace(plain, agent_pos_TP=hand, obs={"object": cube, EEF_POS: hand[:, :3]})
+
+
+def test_an_objects_pose_is_kept_and_described_alike_when_it_is_used(tmp_path: Path) -> None:
+    writer = EpisodeWriter(tmp_path / "d.hdf5", env_args={}, info={})
+    for index in range(8):
+        writer.write(index, _handled(index))
+    cache = build_token_cache(open_dataset(writer.merge()), _Encoder(), progress=False)
+    cache = load_token_cache(cache.save(tmp_path / "d.h5"))
+    assert cache.has_object_pose()
+    for n in range(8):
+        np.testing.assert_array_equal(cache.targets_FX[cache.rows(n)], object_poses(_handled(n).obs["object"]))
+    alike = cache.turned_alike(4)
+    for n in range(8):
+        first = alike.targets_FX[alike.rows(n)][0]
+        np.testing.assert_allclose(np.arctan2(first[4], first[3]), 0.1, atol=1e-5)
+        np.testing.assert_allclose(np.arctan2(first[7], first[6]), 0.1 + np.pi / 2, atol=1e-5)
+    np.testing.assert_array_equal(alike.targets_FX[:, :3], cache.targets_FX[:, :3])
+    assert alike.tokens is cache.tokens and cache.turned_alike(0) is cache
+    assert _equal(cache.turned_alike(1), cache)
+
+
+def test_a_domain_has_an_object_where_the_targets_are_its_pose(tmp_path: Path) -> None:
+    writer = EpisodeWriter(tmp_path / "d.hdf5", env_args={}, info={})
+    for index in range(4):
+        writer.write(index, _handled(index))
+    cache = build_token_cache(open_dataset(writer.merge()), _Encoder(), progress=False)
+    settings: dict[str, Any] = {"stride": 1, "control_hz": 10.0, "image_size": (8, 8)}
+    domain = cache.make_domain("d", **settings, object_turns=4)
+    assert (domain.target_dim, domain.object_turns) == (9, 4)
+    assert np.allclose(domain.target_mean, cache.targets_FX.mean(axis=0), atol=1e-5)
+    assert cache.make_domain("d", **settings).object_turns == 0
+    _record(tmp_path / "p.hdf5", range(4)).merge()  # positions only
+    plain = build_token_cache(open_dataset(tmp_path / "p.hdf5"), _Encoder(), progress=False)
+    assert not plain.has_object_pose() and plain.turned_alike(4) is plain
+    domain = plain.make_domain("d", **settings, object_turns=4)
+    assert (domain.target_dim, domain.object_turns) == (3, 0)
 
 
 def test_a_failed_write_leaves_the_old_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

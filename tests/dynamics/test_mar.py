@@ -268,6 +268,7 @@ def test_a_cached_rollout_of_the_diffusion_head_equals_one_uncached_pass() -> No
         dynamics.normalise_actions(clip["actions"], clip["domain"]),
         torch.ones(2, 9, dtype=torch.bool),
         torch.stack(pos[:-1], 1),
+        torch.zeros(2, 9, 0),
         clip["domain"],
         torch.ones(2, dtype=torch.bool),
     )
@@ -292,9 +293,11 @@ def _predicted(dynamics: Dynamics, clip: dict[str, Tensor], masked_BTN: Tensor, 
     rows = len(clip["tokens"])
     given, domain_B = torch.ones(rows, 1, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64)
     actions = dynamics.normalise_actions(clip["actions"], domain_B)
-    pose = torch.zeros(rows, 1, 0)
+    nothing = torch.zeros(rows, 1, 0)  # neither a robot nor an object
     previous = clip["tokens"][:, :1]
-    columns = dynamics.clip_features(clip["tokens"][:, 1:], previous, masked_BTN, actions, given, pose, domain_B)
+    columns = dynamics.clip_features(
+        clip["tokens"][:, 1:], previous, masked_BTN, actions, given, nothing, nothing, domain_B
+    )
     scene = Scene(previous[:, 0], None if columns.drawn is None else columns.drawn[:, 0])
     return dynamics.head.sample(columns.tokens_BTND[:, 0], scene, _draw(rows), temperature)[0][..., 0]
 

@@ -49,6 +49,7 @@ def test_a_clip_at_rest_is_not_one_of_unknown_motion() -> None:
         dynamics.normalise_actions(clip["actions"], clip["domain"]),
         torch.ones(2, 5, dtype=torch.bool),
         clip["agent_pos"][:, :-1],
+        torch.zeros(2, 5, 0),
         clip["domain"],
     )
     history = dynamics.config.body.history

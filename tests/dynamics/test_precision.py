@@ -25,7 +25,9 @@ def test_bfloat16_is_reported_and_shows_nearly_the_same_frames(toy: Checkpoint) 
         envs.action_space.seed(0)
         frames.append(torch.stack([envs.step(envs.action_space.sample())[0] for _ in range(5)]).float())
     difference = (frames[0] - frames[1]).abs()
-    assert 0 < float(difference.max()) and float(difference.mean()) < 2.0
+    assert 0 < float(difference[0].max()) and float(difference[0].mean()) < 1.0
+    moved = (frames[0][1:] - frames[0][:-1]).abs().mean()  # random weights let a rollout stray from its first frame on
+    assert float(difference.mean()) < 0.2 * float(moved)
 
 
 def test_float32_shares_the_networks(toy: Checkpoint) -> None:

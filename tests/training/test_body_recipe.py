@@ -15,7 +15,16 @@ from hma_gym.dynamics.mar import FlowHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.errors import DatasetError
 from hma_gym.nn.transformer import TrunkConfig
-from hma_gym.training.recipes.body import BodyBatches, train_bodies
+from hma_gym.training.recipes.body import (
+    AT_OBJECT,
+    AT_START,
+    LYING,
+    NEARNESS,
+    BodyBatches,
+    BodyValidation,
+    coasted_to_the_end,
+    train_bodies,
+)
 
 ROWS = 20
 
@@ -41,8 +50,24 @@ def _cache(episodes: int = 10, rows: int = ROWS, tokenizer: str = "x") -> TokenC
     )
 
 
-def _dynamics(cache: TokenCache, stride: int = 1) -> Dynamics:
-    own: Domain = cache.make_domain("arm", stride=stride, control_hz=10.0, image_size=(32, 32))
+def _handling_cache(near: slice = slice(0, 0), rows: int = ROWS) -> TokenCache:
+    """The same with a hand and an object, which says the row in its height; they are near each other in some rows."""
+    plain = _cache(rows=rows)
+    count = len(plain.agent_pos_FP)
+    agent_pos, targets = np.zeros((count, 9), np.float32), np.zeros((count, 9), np.float32)
+    agent_pos[:, :2] = plain.agent_pos_FP
+    agent_pos[:, 6] = 1.0  # quaternion
+    targets[:, 2] = np.arange(count)
+    agent_pos[:, 2] = targets[:, 2] + 1.0
+    targets[:, :2] = agent_pos[:, :2]
+    targets[:, 3] = targets[:, 7] = 1.0
+    for start in plain.starts_N1[:-1]:
+        agent_pos[start:][near, 2] -= 0.99
+    return dataclasses.replace(plain, agent_pos_FP=agent_pos, targets_FX=targets)
+
+
+def _dynamics(cache: TokenCache, stride: int = 1, turns: int = 0) -> Dynamics:
+    own: Domain = cache.make_domain("arm", stride=stride, control_hz=10.0, image_size=(32, 32), object_turns=turns)
     torch.manual_seed(0)
     trunk = TrunkConfig(layers=1, width=16, heads=2, window=4)
     return Dynamics(DynamicsConfig(trunk, FlowHeadConfig((4, 4), channels=3, patch=2)), [own])
@@ -77,6 +102,85 @@ def test_windows_are_short_then_grow_and_are_a_function_of_the_step() -> None:
     assert lengths[260:] == [ROWS - 1] * 40 and lengths[180:] == sorted(lengths[180:])
     for name, value in batches.batch(7).items():
         assert torch.equal(value, batches.batch(7)[name])
+
+
+@pytest.mark.parametrize(("stride", "step"), [(1, 0), (3, 0), (1, 6)])
+def test_windows_of_the_object_are_those_of_the_hand(stride: int, step: int) -> None:
+    cache = _handling_cache()
+    body = _dynamics(cache, stride, turns=4).adapter(0).body
+    batch = BodyBatches(cache, body, 40, 5, steps=10, seed=0).batch(step)
+    assert batch["targets"].shape == (*batch["agent_pos"].shape[:2], 9)
+    assert torch.equal(batch["targets"][..., 2], batch["agent_pos"][..., 1])  # both say the row
+    assert torch.equal(batch["places"][:, 2], batch["poses"][:, 1])
+    without = BodyBatches(cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0).batch(step)
+    assert without["targets"].shape[-1] == without["places"].shape[-1] == 0
+    assert torch.equal(without["agent_pos"], batch["agent_pos"])  # nothing is near: nowhere to look more often
+
+
+@pytest.mark.parametrize(("stride", "near"), [(1, slice(15, 17)), (2, slice(24, 28))])
+def test_many_short_windows_are_where_the_hand_is_at_the_object(stride: int, near: slice) -> None:
+    cache = _handling_cache(near, rows=ROWS * stride)
+    body = _dynamics(cache, stride, turns=4).adapter(0).body
+    warm = body.config.history
+    batches = BodyBatches(cache, body, 40, 5, steps=10, seed=0)
+    batch = batches.batch(0)
+    away = (batch["agent_pos"] - batch["targets"])[..., :3].norm(dim=-1)
+    label = batch["agent_pos"][..., 1].numpy().astype(int)
+    assert (np.diff(label, axis=1) == stride).all()
+    rows = ROWS * stride
+    assert (label // rows == label[:, :1] // rows).all() and (label[:, 0] // rows < 8).all()
+    share = float((away[:, warm] < NEARNESS).float().mean())  # when the first foretold step is taken
+    assert AT_OBJECT - 0.1 < share < AT_OBJECT + 0.2
+    late = batches.batch(6)  # long windows are not chosen so
+    away = (late["agent_pos"] - late["targets"])[..., :3].norm(dim=-1)
+    assert float((away[:, warm] < NEARNESS).float().mean()) < 0.3
+
+
+def test_validation_tells_how_well_the_object_is_foretold_and_seen() -> None:
+    cache = _handling_cache()
+    body = _dynamics(cache, turns=4).adapter(0).body
+    batches = BodyBatches(cache, body, 12, 6, steps=10, seed=0, split="valid")
+    torch.manual_seed(0)
+    for parameter in body.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    with torch.no_grad():
+        scores = BodyValidation(batches)(body, 10)
+        batch = batches.batch(10)
+        seen = body.sighted(batch["tokens"], batch["poses"], None)
+        rows = batch["at_rest"]
+        end = coasted_to_the_end(body, batch["agent_pos"][rows, 0], batch["targets"][rows, 0], batch["actions"][rows])
+    away = (seen - batch["places"])[:, :3].norm(dim=-1).mean()
+    assert scores["valid_sight"] == pytest.approx(float(away), rel=1e-4)
+    away = (end.targets - batch["targets"][rows, -1])[:, :3].norm(dim=-1).mean()
+    assert scores["valid_object"] == pytest.approx(float(away), rel=1e-4)
+    plain = _cache()
+    body = _dynamics(plain).adapter(0).body
+    with torch.no_grad():
+        scores = BodyValidation(BodyBatches(plain, body, 12, 6, steps=10, seed=0))(body, 10)
+    assert not {"valid_object", "valid_sight"} & scores.keys()
+
+
+def test_first_frames_are_shown_more_often_for_a_rollout_begins_with_one() -> None:
+    cache = _handling_cache()
+    batch = BodyBatches(cache, _dynamics(cache, turns=4).adapter(0).body, 4, 400, steps=10, seed=0).batch(0)
+    label = batch["poses"][:, 1].numpy().astype(int)
+    share = float((label % ROWS == 0).mean())
+    assert AT_START < share < AT_START + 0.12  # and 1 of 20 by chance
+    assert (label // ROWS < 8).all()
+
+
+def test_a_body_with_an_object_is_trained_and_scored(tmp_path: Path) -> None:
+    cache = _handling_cache()
+    dynamics = _dynamics(cache, turns=4)
+    before = {name: value.clone() for name, value in dynamics.adapter(0).body.state_dict().items()}
+    result = train_bodies(dynamics, [cache], tmp_path, 8, windows=4, frames=8)[-1]
+    assert result.finished
+    heights = np.arange(8 * ROWS)  # of the training episodes
+    assert float(dynamics.adapter(0).body.coast.floor) == pytest.approx(np.quantile(heights, LYING))  # type: ignore[union-attr]
+    assert {"valid_coast", "valid_hand", "valid_object", "valid_look", "valid_sight"} <= result.evaluation.keys()
+    after = dynamics.adapter(0).body.state_dict()
+    for part in ("coast.", "look.", "sight."):
+        assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(part)), part
 
 
 def test_episodes_shorter_than_a_stride_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 from pathlib import Path
@@ -252,6 +253,16 @@ def test_tokens_of_another_tokenizer_are_refused(material: Path, whole: Path, tm
         train_dynamics(_options(material, run, tokenizer=material / "vq"))
 
 
+def test_a_cache_with_other_targets_is_refused(material: Path, tmp_path: Path) -> None:
+    """One of an earlier version, which knew no object in this data, or knew it otherwise."""
+    out = tmp_path / "run"
+    train_dynamics(_options(material, out, data=(material / "small.hdf5",), steps=1, rollout_share=0.0))
+    cache = load_token_cache(out / "small.tokens.h5")
+    dataclasses.replace(cache, targets_FX=np.zeros((len(cache.tokens), 3), np.float32)).save(out / "small.tokens.h5")
+    with pytest.raises(DatasetError, match="has 3 targets a frame.*delete it"):
+        train_dynamics(_options(material, out, data=(material / "small.hdf5",), steps=1, rollout_share=0.0))
+
+
 def test_another_configuration_does_not_resume(material: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -265,6 +276,8 @@ def test_options_are_checked(material: Path, tmp_path: Path) -> None:
         train_dynamics(_options(material, tmp_path, data=twice))
     with pytest.raises(InvalidArgument, match="one a dataset"):
         _options(material, tmp_path, names=("a",))
+    with pytest.raises(InvalidArgument, match="object_turns must be 0 or more, got 6 and -1"):
+        _options(material, tmp_path, body_steps=6, object_turns=-1)
     with pytest.raises(InvalidArgument, match="one or more dataset files"):
         _options(material, tmp_path, data=())
     with pytest.raises(DatasetError, match="longer than a clip"):

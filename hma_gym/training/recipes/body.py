@@ -1,14 +1,15 @@
 """The first stage of training a dynamics model: each domain's body, from its token cache (see hma_gym.dynamics.body).
 
-It is part of ``hma-gym train dynamics`` and runs before the trunk is trained. ``coast`` is trained on very short
+It is part of ``hma-gym train dynamics`` and runs before the trunk is trained. ``look`` and ``sight`` are trained on
+single frames all the time, ``coast`` on very short
 windows from everywhere first, many at a time, which is where it learns how the robot moves; then on its own rollouts,
 longer and longer, where it learns not to drift. Long rollouts alone cost as much time for a tenth as many transitions,
 and learn the training episodes by heart.
 
 Lift, 3200 episodes, one CPU core: 6000 steps in 12 minutes; the scores to expect are in docs/experiments.md.
 
-Shape legend: B windows, T transitions of a window, M single frames, P agent_pos dims, A action dims x stride, S tokens
-of a frame, C channels.
+Shape legend: B windows, T transitions of a window, M single frames, P agent_pos dims, X dims of the object's pose, A
+action dims x stride, S tokens of a frame, C channels.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hma_gym.data.cache import TokenCache
-from hma_gym.dynamics.body import Body, first_pose
+from hma_gym.dynamics.body import Body
 from hma_gym.dynamics.model import Dynamics
+from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.errors import DatasetError
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, train
 
@@ -31,6 +34,16 @@ LONGEST = 60
 
 #: Transitions of a window in the first stage, how many times as many windows it has, and its share of the steps.
 SHORT, MANY, SHORT_SHARE = 3, 8, 0.6
+
+#: Share of the single frames that are the first of their episode: a rollout begins with what is read off such a one.
+AT_START = 0.15
+
+#: Quantile of the object's height in the training data at which it lies.
+LYING = 0.1
+
+#: Share of the short windows that begin with the hand at the object, nearer than so many metres, where there is one:
+#: what is hard to foretell happens there.
+AT_OBJECT, NEARNESS = 0.5, 0.06
 
 #: Share of the longer windows that begin where their episode does, at rest, as every rollout does.
 AT_REST = 0.8
@@ -67,7 +80,20 @@ class BodyBatches:
                 "record longer episodes."
             )
         self.rows_F = np.concatenate([np.arange(r.start, r.stop) for r in rows])
+        self.busy_K2 = self._busy(episodes) if body.target_dim else np.zeros((0, 2), np.int64)
         self.longest = int(min(LONGEST, np.quantile(self.room[self.room > 0], 0.2)))
+
+    def _busy(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where short windows may begin with the hand at the object: (position among the episodes, offset)."""
+        found = []
+        for position, n in enumerate(episodes):
+            rows = self.cache.rows(int(n))
+            hand, thing = self.cache.agent_pos_FP[rows, :3], self.cache.targets_FX[rows, :3]
+            near = np.linalg.norm(hand - thing, axis=-1)[:: self.body.domain.stride] < NEARNESS
+            warm = self.body.config.history
+            offsets = np.flatnonzero(near[warm : max(len(near) - SHORT, warm)])
+            found.append(np.stack((np.full(len(offsets), position), offsets), axis=1))
+        return np.concatenate(found)
 
     def transitions(self, step: int) -> int:
         """T at a step: short ones (and what went before them) first, then from 4 to the longest, which the last third
@@ -86,6 +112,10 @@ class BodyBatches:
         windows, at_rest = (MANY * self.windows, 0.0) if short else (self.windows, AT_REST)
         chosen = rng.choice(np.flatnonzero(self.room >= T), size=windows)
         offset = rng.integers(self.room[chosen] - T + 1) * (rng.random(windows) >= at_rest)
+        if short and len(self.busy_K2) and T == self.body.config.history + SHORT:
+            busy = self.busy_K2[rng.integers(len(self.busy_K2), size=windows)]
+            here = rng.random(windows) < AT_OBJECT
+            chosen, offset = np.where(here, busy[:, 0], chosen), np.where(here, busy[:, 1], offset)
         first_B = self.starts[chosen] + offset * stride
         states = first_B[:, None] + stride * np.arange(T + 1)
         moves = first_B[:, None, None] + stride * np.arange(T)[:, None] + np.arange(stride)
@@ -95,13 +125,17 @@ class BodyBatches:
         )
         batch = {
             "agent_pos": torch.from_numpy(self.cache.agent_pos_FP[states]),
+            "targets": torch.from_numpy(self.cache.targets_FX[states][..., : self.body.target_dim]),
             "actions": torch.from_numpy((actions_BTA - mean) / std),
             "at_rest": torch.from_numpy(offset == 0),
             "warm": torch.tensor(max(T - SHORT, 0) if short else 0),
         }
         if self.body.look is not None:
             frames = rng.choice(self.rows_F, size=self.frames)
+            first = int(AT_START * self.frames)
+            frames[:first] = rng.choice(self.starts, size=first)
             batch["poses"] = torch.from_numpy(self.cache.agent_pos_FP[frames])
+            batch["places"] = torch.from_numpy(self.cache.targets_FX[frames][..., : self.body.target_dim])
             batch["tokens"] = torch.from_numpy(self.cache.tokens[frames].astype(np.float32))
         return batch
 
@@ -111,8 +145,9 @@ class BodyValidation:
     """How far ``coast`` strays on held-out windows that begin at rest, and what ``look`` leaves unexplained.
 
     ``valid_coast`` is the mean absolute error at the last of the steps, in units of one step's standard change (mean
-    over dims); ``valid_hand`` the distance of the first three dims, own units; ``valid_look`` the mean square error of
-    the drawn tokens over their variance.
+    over dims); ``valid_hand`` and ``valid_object`` the distance of the first three dims of agent_pos and of the
+    object's pose, own units; ``valid_look`` the mean square error of the drawn tokens over their variance;
+    ``valid_sight`` the distance of the object's place read off single frames without a belief.
     """
 
     batches: BodyBatches
@@ -122,20 +157,30 @@ class BodyValidation:
         device = next(model.parameters()).device
         batch = {name: value.to(device) for name, value in self.batches.batch(self.batches.steps).items()}
         rows = batch["at_rest"].nonzero()[:, 0]
-        agent_pos, actions = batch["agent_pos"][rows], batch["actions"][rows]
-        given_B = torch.ones(len(rows), dtype=torch.bool, device=device)
-        pose = first_pose(agent_pos[:, 0], model.config.history, actions.shape[-1], given_B)
-        for t in range(actions.shape[1]):
-            pose = pose.after(model.coasted(pose, actions[:, t], given_B), actions[:, t], given_B)
+        agent_pos, targets, actions = batch["agent_pos"][rows], batch["targets"][rows], batch["actions"][rows]
+        pose = coasted_to_the_end(model, agent_pos[:, 0], targets[:, 0], actions)
         error = pose.agent_pos - agent_pos[:, -1]
         scores = {"valid_coast": float((error / model.get_buffer("delta_std")).abs().mean())}
         if model.domain.state_dim >= 3:
             scores["valid_hand"] = float(error[:, :3].norm(dim=-1).mean())
-        drawn = model.drawn(batch["poses"]) if "poses" in batch else None
+        if model.target_dim:
+            scores["valid_object"] = float((pose.targets - targets[:, -1])[:, :3].norm(dim=-1).mean())
+            seen = model.sighted(batch["tokens"], batch["poses"], None)
+            scores["valid_sight"] = float((seen - batch["places"])[:, :3].norm(dim=-1).mean())
+        drawn = model.drawn(batch["poses"], batch["places"]) if "poses" in batch else None
         if drawn is not None:
             wrong = (drawn - batch["tokens"]).square().mean()
             scores["valid_look"] = float(wrong / model.get_buffer("token_std").square().mean())
         return scores
+
+
+def coasted_to_the_end(body: Body, agent_pos_BP: Tensor, targets_BX: Tensor, actions_BTA: Tensor) -> Pose:
+    """Where a body that starts at rest believes everything to be after T normalised actions."""
+    given_B = torch.ones(len(agent_pos_BP), dtype=torch.bool, device=agent_pos_BP.device)
+    pose = first_pose(agent_pos_BP, targets_BX, body.config.history, actions_BTA.shape[-1], given_B)
+    for t in range(actions_BTA.shape[1]):
+        pose = pose.after(*body.coasted(pose, actions_BTA[:, t], given_B), actions_BTA[:, t], given_B)
+    return pose
 
 
 def train_bodies(
@@ -165,6 +210,9 @@ def train_bodies(
             body.set_token_statistics(sample.mean(dim=0), sample.std(dim=0).clamp(min=0.02))
         seen_FP = np.concatenate([cache.agent_pos_FP[cache.rows(int(n))] for n in cache.episodes("train")])
         body.set_pose_bounds(torch.from_numpy(seen_FP.min(axis=0)), torch.from_numpy(seen_FP.max(axis=0)))
+        if body.target_dim:
+            heights = [cache.targets_FX[cache.rows(int(n)), 2] for n in cache.episodes("train")]
+            body.set_floor(float(np.quantile(np.concatenate(heights), LYING)))
         config = TrainConfig(
             out=out / "body" / body.domain.name,
             steps=steps,

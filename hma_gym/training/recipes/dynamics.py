@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hma_gym.data.cache import TokenCache, build_token_cache, join_caches, load_token_cache
+from hma_gym.data.cache import TokenCache, build_token_cache, join_caches, load_token_cache, targets_of
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
@@ -75,9 +75,13 @@ class DynamicsOptions:
         steps: length in steps, in place of minutes (then a resumed run is exact).
         max_minutes: stop this session, saved, before so many minutes are over; call again to go on.
         batch_size, frames: clips a step, and transitions a clip.
-        rollout_share, rollout_max: share of batches that see the model's own rollouts, and their longest length.
+        rollout_share, rollout_max: share of batches that see the model's own frames, and their longest rollout.
+        token_noise: largest noise on the tokens of the frame before (of unit deviation), soft tokens only.
         action_mask: share of rows whose actions are hidden (passive, policy and full dynamics).
         stride: environment steps per model step.
+        object_turns: in how many positions of a full turn about its upright axis the object looks alike, where the data
+            has its pose (``obs/object`` with position and quaternion): 4 for a cube, 1 for most things; 0 to leave
+            objects to the trunk, as it is where no body is trained.
         lr, muon_lr: peak learning rates.
         decay_fraction: share of the run in which the learning rate goes down to 0.
         starts: how many start frames the checkpoint gets, from held-out (test) episodes where there are some.
@@ -105,8 +109,10 @@ class DynamicsOptions:
     frames: int = 16
     rollout_share: float = 0.0
     rollout_max: int = 32
+    token_noise: float = 0.1
     action_mask: float = 0.03
     stride: int = 1
+    object_turns: int = 1
     lr: float = 1e-3
     muon_lr: float = 0.02
     decay_fraction: float = 0.3
@@ -123,8 +129,10 @@ class DynamicsOptions:
             raise InvalidArgument(
                 f"names must be one a dataset, got {len(self.names)} names for {len(self.data)} datasets."
             )
-        if self.body_steps < 0:
-            raise InvalidArgument(f"body_steps must be 0 or more, got {self.body_steps}.")
+        if self.body_steps < 0 or self.object_turns < 0:
+            raise InvalidArgument(
+                f"body_steps and object_turns must be 0 or more, got {self.body_steps} and {self.object_turns}."
+            )
         if self.starts < 1:
             raise InvalidArgument(f"starts must be 1 or more, got {self.starts}.")
 
@@ -134,7 +142,13 @@ def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale
     head: SoftHeadConfig | MaskGITHeadConfig
     if tokenizer.kind == "soft":
         kind = DiffusionHeadConfig if options.head == "diffusion" else FlowHeadConfig
-        head = kind(grid=tokenizer.grid, channels=tokenizer.channels, patch=2, change_scale=change_scale)
+        head = kind(
+            grid=tokenizer.grid,
+            channels=tokenizer.channels,
+            patch=2,
+            change_scale=change_scale,
+            noise_max=options.token_noise,
+        )
     else:
         head = MaskGITHeadConfig(grid=tokenizer.grid, vocabulary=tokenizer.vocabulary, patch=2)
     return DynamicsConfig(
@@ -232,7 +246,8 @@ class OpenLoopValidation:
                     np.linalg.norm(pos[:, -1, :3] - agent_pos[:, -1, :3], axis=-1).mean()
                 )
             if domain.target_dim:
-                scores[f"{prefix}target_error"] = float(np.linalg.norm(found - targets[:, 1:], axis=-1).mean())
+                wrong_by = (found - targets[:, 1:])[..., :3]  # of a pose, the place
+                scores[f"{prefix}target_error"] = float(np.linalg.norm(wrong_by, axis=-1).mean())
             if self.success is not None and domain.target_dim:
                 column, threshold = self.success
                 seen, true = found[:, -1, column] > threshold, targets[:, -1, column] > threshold
@@ -244,6 +259,9 @@ class OpenLoopValidation:
         """Let the trunk correct each dim of agent_pos whose own error in rollouts that lowers, dim by dim."""
         for index, domain in enumerate(self.domains):
             if not domain.state_dim:
+                continue
+            if model.adapter(index).body.target_dim:  # what the hand holds would not follow
+                model.set_corrected(index, torch.zeros(domain.state_dim))
                 continue
             tokens, actions, agent_pos, _ = self._episodes(index)
             chosen = torch.zeros(domain.state_dim)
@@ -340,6 +358,11 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
             "delete it, or choose another out folder."
         )
     names = tuple(demo.name for demo in dataset.demos)
+    if previous is not None and previous.targets_FX.shape[1] != targets_of(dataset[0]).shape[1]:
+        raise DatasetError(
+            f"token cache {str(path)!r} has {previous.targets_FX.shape[1]} targets a frame, where this version takes "
+            f"{targets_of(dataset[0]).shape[1]} from the dataset; delete it to make it anew."
+        )
     if previous is not None and (previous.name_N or names) == names and len(previous) == len(names):
         return previous
     missing = set() if previous is None else set(previous.name_N) - set(names)
@@ -368,7 +391,7 @@ def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> tuple[dict[str, li
         stem = name if len(files) == 1 else f"{name}-{len(files)}"
         cache = cached_tokens(files[-1], tokenizer, options.out / f"{stem}.tokens.h5", name)
         parts.setdefault(name, []).append(cache)
-    return datasets, [join_caches(caches) for caches in parts.values()]
+    return datasets, [join_caches(caches).turned_alike(options.object_turns) for caches in parts.values()]
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -434,6 +457,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
             cache.make_domain(
                 name,
                 stride=options.stride,
+                object_turns=options.object_turns if options.body_steps or options.init is not None else 0,
                 image_size=(height, width),
                 control_hz=float(dataset.env_args.get("env_kwargs", {}).get("control_freq", 20)),
             )

@@ -39,6 +39,8 @@ class WorldOptions:
         names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
             files' stems.
         task: key of the task that the data is of; "" for your own robot.
+        object_turns: where the data has an object's pose, in how many positions of a full turn about its upright axis
+            it looks alike: 4 for a cube, 1 for most things.
         kind: continuous tokens, or indices of a finite scalar quantiser.
         size: named size of the dynamics model.
         minutes: length of the whole training: 15 percent the tokenizer, 10 the judge, 12 the bodies, the rest the
@@ -54,6 +56,7 @@ class WorldOptions:
     out: Path
     names: tuple[str, ...] = ()
     task: str = ""
+    object_turns: int = 1
     kind: Literal["soft", "vq"] = "soft"
     size: Literal["toy", "lift", "small"] = "lift"
     minutes: float = 120.0
@@ -137,6 +140,7 @@ def train_world(options: WorldOptions) -> Path:
             names=options.names,
             judge=judge,
             task=options.task,
+            object_turns=options.object_turns,
             size=options.size,
             body_steps=body_steps if options.steps is None else options.steps,
             minutes=left * options.minutes,

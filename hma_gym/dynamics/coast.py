@@ -1,0 +1,209 @@
+"""Where the robot goes, and the object with it, as far as motion and actions tell: no picture is looked at.
+
+- :class:`RobotCoast` knows the robot alone;
+- :class:`ManipulationCoast` also knows one rigid object, and that it stays where it is, goes with the hand, or falls,
+  but for what a network adds. When it does which, slips and pushes are what is left to learn.
+
+Everything is computed in float32: a position in half precision tells no velocity.
+
+Shape legend: K steps of history, P agent_pos dims, X = 9 dims of an object's pose (position 3 m, the first two columns
+of its rotation matrix), A action dims x stride.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hma_gym.domains import Domain
+from hma_gym.dynamics.pose import Pose
+from hma_gym.nn.parameters import silence
+from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of_quaternion
+
+#: Dims of an object's pose: its position comes first.
+OBJECT_DIM, PLACE = 9, slice(0, 3)
+
+#: Scales (m) on which the hand sees the object: grasps are decided by millimetres.
+REACH, NEAR = 0.3, 0.04
+
+#: One step's usual change of a moving object's position (m) and of the numbers of its rotation.
+OBJECT_STEP = (0.004,) * 3 + (0.04,) * 6
+
+#: Holds agent_pos (..., P) where it may be.
+Bounds = Callable[[Tensor], Tensor]
+
+#: Octaves of the finest waves that tell where the object lies in the hand.
+OCTAVES = 3
+
+#: Standard gravity, m/s^2.
+GRAVITY = 9.81
+
+#: By how much an untrained network prefers that the object stays, in units of the softmax over what it may do.
+STAYS = 6.0
+
+
+class ExactLinear(nn.Linear):
+    """A linear layer that stays in float32 where others are put into a lower precision."""
+
+
+def waves(position: Tensor, octaves: int) -> Tensor:
+    """(..., E) -> (..., E (1 + 2 octaves)): numbers, and their sines and cosines at so many scales, each twice as fine
+    as the one before, which tell positions finer than half precision does."""
+    angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(octaves)]
+    return torch.cat((position, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))), dim=-1)
+
+
+def _network(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:
+    """A multilayer perceptron that begins as zero."""
+    widths = [inputs] + [width] * layers
+    hidden: list[nn.Module] = []
+    for into, out in zip(widths[:-1], widths[1:], strict=True):
+        hidden += [ExactLinear(into, out), nn.SiLU()]
+    last = ExactLinear(width, outputs)
+    silence(last)
+    return nn.Sequential(*hidden, last)
+
+
+class RobotCoast(nn.Module):
+    """The next agent_pos from the last K changes and actions: a linear path, for most of it is linear, and a network.
+
+    Untrained, the robot stands still.
+
+    Args:
+        domain: the embodiment.
+        history: K.
+        octaves: of the waves that show agent_pos.
+        width, layers: of the network.
+        extra_inputs, extra_outputs: of the network, for a subclass.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        history: int,
+        octaves: int,
+        width: int,
+        layers: int,
+        extra_inputs: int = 0,
+        extra_outputs: int = 0,
+    ) -> None:
+        super().__init__()
+        self.octaves, self.state_dim = octaves, domain.state_dim
+        for name in ("state_mean", "state_std", "delta_std"):
+            self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
+        P, A = domain.state_dim, domain.action_dim * domain.stride
+        past = history * (P + 1) + (history + 1) * (A + 1)
+        self.inertia = ExactLinear(past, P)
+        self.network = _network(P * (1 + 2 * octaves) + past + extra_inputs, width, layers, P + extra_outputs)
+        silence(self.inertia)
+
+    def standard(self, agent_pos: Tensor) -> Tensor:
+        """agent_pos (..., P) in own units to zero mean and unit variance."""
+        return (agent_pos - self.get_buffer("state_mean")) / self.get_buffer("state_std")
+
+    def _past(self, pose: Pose, action: Tensor, given: Tensor) -> Tensor:
+        motions = torch.where(pose.known[..., None], pose.motions / self.get_buffer("delta_std"), 0.0)
+        acted = torch.cat((given[..., None], pose.acted), dim=-1)
+        actions = torch.cat((action[..., None, :], pose.actions), dim=-2)
+        seen = (motions.flatten(-2), pose.known.float())
+        done = (torch.where(acted[..., None], actions, 0.0).flatten(-2), acted.float())
+        return torch.cat((*seen, *done), dim=-1)
+
+    def _moved(
+        self, pose: Pose, action: Tensor, given: Tensor, within: Bounds, extra: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The next agent_pos (..., P), and what else the network says."""
+        past = self._past(pose, action, given)
+        said: Tensor = self.network(
+            torch.cat((waves(self.standard(pose.agent_pos), self.octaves), past, *extra), dim=-1)
+        )
+        change = said[..., : self.state_dim] + self.inertia(past)
+        return within(pose.agent_pos + change * self.get_buffer("delta_std")), said[..., self.state_dim :]
+
+    def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
+        """The next agent_pos (..., P) and targets (..., X), own units; X = 0 here.
+
+        Args:
+            pose: up to now.
+            action: (..., A), normalised; ``given`` (...) bool hides it where False.
+            within: holds agent_pos where it may be; what the hand holds goes no further than the hand.
+        """
+        return self._moved(pose, action, given, within, ())[0], pose.targets
+
+
+class ManipulationCoast(RobotCoast):
+    """Robot and object. With the hand's next pose known, the object stays where it is, keeps its pose in the hand, or
+    goes on as it moved and falls, down to where objects lie: a softmax says how much of each, and the network adds
+    something to what moves. An object that stays does so exactly, for any number of steps.
+
+    The network sees the object as the hand does: position and rotation in the hand's frame, how both moved, how high
+    they are above where objects lie, the fingers.
+    """
+
+    def __init__(self, domain: Domain, history: int, octaves: int, width: int, layers: int) -> None:
+        fingers = domain.state_dim - 7
+        seen = 3 + (3 + 2) * (1 + 2 * OCTAVES) + 6 + fingers + 6 * history
+        super().__init__(domain, history, octaves, width, layers, seen, OBJECT_DIM + 3)
+        last = self.network[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.bias[-3] = STAYS
+        self.drop = GRAVITY * (domain.stride / domain.control_hz) ** 2
+        self.register_buffer("floor", torch.tensor(-math.inf))
+        self.register_buffer("object_step", torch.tensor(OBJECT_STEP), persistent=False)
+        self.register_buffer("height", torch.tensor(domain.target_mean[2]), persistent=False)
+        self.register_buffer("height_std", torch.tensor(max(domain.target_std[2], 1e-3)), persistent=False)
+
+    def set_floor(self, height: float) -> None:
+        """Below which no object falls: the height (m) of the position of one that lies, in the training data."""
+        self.get_buffer("floor").fill_(height)
+
+    def _seen(self, pose: Pose, hand: Tensor, turned: Tensor, place: Tensor) -> list[Tensor]:
+        """What the network is told of the object."""
+        step = self.get_buffer("object_step")[PLACE]
+        moved = pose.target_motions[..., PLACE] / step
+        against = (pose.target_motions[..., PLACE] - pose.motions[..., PLACE]) / step
+        against = (hand.mT.unsqueeze(-3) @ against[..., None])[..., 0]
+        known = pose.known[..., None]
+        heights = torch.stack((pose.targets[..., 2], pose.agent_pos[..., 2]), dim=-1) - self.get_buffer("height")
+        heights = heights / self.get_buffer("height_std")
+        return [
+            (place / REACH).clamp(-3.0, 3.0),
+            waves((place / NEAR).clamp(-4.0, 4.0), OCTAVES),
+            turned,
+            waves(heights.clamp(-4.0, 4.0), OCTAVES),
+            self.standard(pose.agent_pos)[..., 7:],
+            torch.where(known, moved, 0.0).clamp(-5.0, 5.0).flatten(-2),
+            torch.where(known, against, 0.0).clamp(-5.0, 5.0).flatten(-2),
+        ]
+
+    def _fall(self, pose: Pose) -> Tensor:
+        """By how much the object's pose changes in free fall, (..., 9); it turns no further."""
+        motion = torch.where(pose.known[..., :1], pose.target_motions[..., 0, PLACE], 0.0)
+        height = pose.targets[..., 2]
+        down = torch.maximum(motion[..., 2] - self.drop, (self.get_buffer("floor") - height).clamp(max=0.0))
+        return torch.cat((motion[..., :2], down[..., None], torch.zeros_like(pose.targets[..., 3:])), dim=-1)
+
+    def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
+        """See :class:`RobotCoast`; X = 9."""
+        hand = matrix_of_quaternion(pose.agent_pos[..., 3:7])
+        thing = matrix_of_columns(pose.targets[..., 3:])
+        place = (hand.mT @ (pose.targets[..., PLACE] - pose.agent_pos[..., PLACE])[..., None])[..., 0]
+        seen = self._seen(pose, hand, columns_of_matrix(hand.mT @ thing), place)
+        agent_pos, said = self._moved(pose, action, given, within, seen)
+        stays, held, falls = said[..., OBJECT_DIM:].softmax(dim=-1).split(1, dim=-1)
+        added = said[..., :OBJECT_DIM] * self.get_buffer("object_step")
+        next_hand = matrix_of_quaternion(agent_pos[..., 3:7])
+        carried = torch.cat(
+            (
+                agent_pos[..., PLACE] + (next_hand @ place[..., None])[..., 0],
+                columns_of_matrix(next_hand @ hand.mT @ thing),
+            ),
+            dim=-1,
+        )
+        targets = pose.targets + held * (carried - pose.targets) + falls * self._fall(pose) + (1 - stays) * added
+        turned = columns_of_matrix(matrix_of_columns(targets[..., 3:]))
+        return agent_pos, torch.cat((targets[..., PLACE], turned), dim=-1)

@@ -1,0 +1,36 @@
+"""Rotations as networks take them: six numbers, the first two columns of the matrix.
+
+Source: Zhou et al. 2019 (arXiv 1812.07035). Unlike quaternions these have no two names for one rotation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TINY = 1e-6
+
+
+def matrix_of_quaternion(quaternion: Tensor) -> Tensor:
+    """(..., 4) xyzw of any length above 0 -> rotation matrices (..., 3, 3)."""
+    x, y, z, w = (quaternion / quaternion.norm(dim=-1, keepdim=True).clamp(min=_TINY)).unbind(-1)
+    rows = (
+        torch.stack((1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)), dim=-1),
+        torch.stack((2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)), dim=-1),
+        torch.stack((2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)), dim=-1),
+    )
+    return torch.stack(rows, dim=-2)
+
+
+def matrix_of_columns(columns: Tensor) -> Tensor:
+    """(..., 6), two columns that need not be orthonormal -> rotation matrices (..., 3, 3), by Gram and Schmidt."""
+    first = F.normalize(columns[..., :3], dim=-1, eps=_TINY)
+    second = columns[..., 3:] - (first * columns[..., 3:]).sum(dim=-1, keepdim=True) * first
+    second = F.normalize(second, dim=-1, eps=_TINY)
+    return torch.stack((first, second, torch.linalg.cross(first, second)), dim=-1)
+
+
+def columns_of_matrix(matrix: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) -> their first two columns, (..., 6)."""
+    return torch.cat((matrix[..., 0], matrix[..., 1]), dim=-1)
