@@ -2,7 +2,7 @@
 
 * CEM: sample around a mean, fit the mean and the spread to the best, again (Rubinstein 1999; PETS, arXiv 1805.12114).
 * iCEM (arXiv 2008.06389): noise coloured in time, elites kept between rounds and, shifted, between steps; fewer samples
-  every round; the mean itself is tried in the last; the best plan is carried out.
+  every round; the mean itself is tried in the last; the best plan is carried out, or the mean of the best.
 * MPPI (arXiv 1509.01149): the mean moves to the average of all samples, weighted by exp(value / temperature).
 
 All begin each step from the last plan, shifted. Environment n draws from its own generator, so that its plan does not
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,8 @@ class ICEM:
         beta: colour of the noise over a plan's steps: its power falls as 1 / frequency ** beta; 0 is white.
         decay: each round has so many times fewer candidates than the one before, at least twice the elites.
         keep: share of the elites that is tried again, in the next round and, shifted, in the next step.
+        carry: what is carried out: the ``best`` plan that was tried, or the ``mean`` of the last elites. The best of
+            many owes a part of its value to what the model is wrong about, and trembles as its noise does.
     """
 
     samples: int = 64
@@ -144,13 +146,14 @@ class ICEM:
     beta: float = 2.0
     decay: float = 1.25
     keep: float = 0.3
+    carry: Literal["best", "mean"] = "best"
 
     def __post_init__(self) -> None:
         _check(self.samples, self.elites, self.rounds, self.reach, self.momentum)
-        if self.beta < 0 or self.decay < 1 or not 0 <= self.keep <= 1:
+        if self.beta < 0 or self.decay < 1 or not 0 <= self.keep <= 1 or self.carry not in ("best", "mean"):
             raise InvalidArgument(
-                f"iCEM needs beta >= 0, decay >= 1 and keep in [0, 1], got beta={self.beta}, decay={self.decay}, "
-                f"keep={self.keep}."
+                "iCEM needs beta >= 0, decay >= 1, keep in [0, 1] and carry 'best' or 'mean', got "
+                f"beta={self.beta}, decay={self.decay}, keep={self.keep}, carry={self.carry!r}."
             )
 
     def _samples(self) -> list[int]:
@@ -158,7 +161,7 @@ class ICEM:
         return [max(int(self.samples * self.decay**-i), 2 * self.elites) for i in range(self.rounds)]
 
     def plan(self, problem: Problem, warm: Plan, generators: Sequence[torch.Generator]) -> Plan:
-        """See :class:`Planner`; the best plan that was tried is carried out."""
+        """See :class:`Planner`."""
         mean, std = warm.mean_NHA, (self.reach * problem.std_A).expand_as(warm.mean_NHA)
         value = torch.full_like(warm.value_N, -torch.inf)
         best = mean
@@ -175,7 +178,7 @@ class ICEM:
             best = torch.where((value > before)[:, None, None], elites[:, 0], best)
             mean, std = _fitted(elites, mean, std, self.momentum)
             kept = elites[:, :again]
-        return Plan(best, value, mean, kept)
+        return Plan(best if self.carry == "best" else mean, value, mean, kept)
 
 
 @dataclass(frozen=True)

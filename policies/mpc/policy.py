@@ -1,6 +1,6 @@
 """Model predictive control as a policy: it plans on the model, in any environment.
 
-    dynamics = LearnedDynamics(load_checkpoint("lift-64"))
+    dynamics = BodyDynamics(load_checkpoint("lift-64"))
     policy = MPCPolicy(dynamics, ReachAndLift(), ICEM(), seeds=[0])
     policy.reset(np.array([True]))
     actions_NHA = policy.act(observation)  # of HMA-Lift-v0 or GroundTruth-Lift-v0 alike
@@ -50,7 +50,7 @@ def imagine(dynamics: PlanningDynamics[StateT], state: StateT, actions_BHA: Tens
         steps.append(imagined)
     return Futures(
         actions_BHA,
-        torch.stack([step.tokens for step in steps], dim=1),
+        [step.show for step in steps],
         torch.stack([step.agent_pos_BP for step in steps], dim=1),
         torch.stack([step.features_BD for step in steps], dim=1),
         torch.stack([step.targets_BX for step in steps], dim=1),
@@ -59,12 +59,10 @@ def imagine(dynamics: PlanningDynamics[StateT], state: StateT, actions_BHA: Tens
     )
 
 
-def plan_values(
-    dynamics: PlanningDynamics[StateT], state: StateT, objective: Objective, plans_NKHA: Tensor, batch: int
-) -> Tensor:
-    """The values (N, K) of plans tried on forks of a state of N rows, about ``batch`` rows at a time."""
+def plan_values(dynamics: PlanningDynamics[StateT], state: StateT, objective: Objective, plans_NKHA: Tensor) -> Tensor:
+    """The values (N, K) of plans tried on forks of a state of N rows, about as many rows at once as suit the model."""
     parts = []
-    for plans in plans_NKHA.split(max(1, batch // len(plans_NKHA)), dim=1):
+    for plans in plans_NKHA.split(max(1, dynamics.batch // len(plans_NKHA)), dim=1):
         futures = imagine(dynamics, dynamics.fork(state, plans.shape[1]), plans.flatten(0, 1))
         parts.append(objective(futures).unflatten(0, plans.shape[:2]))
     return torch.cat(parts, dim=1)
@@ -81,7 +79,6 @@ class MPCPolicy(Generic[StateT]):
         horizon: H, steps of a plan.
         execute: how many of them are carried out before the next plan.
         proposer: candidates from elsewhere, beside the planner's own.
-        batch: rows that the model is given at once.
 
     Raises:
         InvalidArgument: an argument breaks its rule.
@@ -97,17 +94,13 @@ class MPCPolicy(Generic[StateT]):
         horizon: int = 12,
         execute: int = 3,
         proposer: Proposer[StateT] | None = None,
-        batch: int = 32,
     ) -> None:
         if not seeds:
             raise InvalidArgument("seeds must hold one seed per environment, got none.")
-        if not 1 <= execute <= horizon or batch < 1:
-            raise InvalidArgument(
-                f"planning needs 1 <= execute <= horizon and batch >= 1, got execute={execute}, horizon={horizon}, "
-                f"batch={batch}."
-            )
+        if not 1 <= execute <= horizon:
+            raise InvalidArgument(f"planning needs 1 <= execute <= horizon, got execute={execute}, horizon={horizon}.")
         self.dynamics, self.objective, self.planner = dynamics, objective, planner
-        self.horizon, self.execute, self.batch = horizon, execute, batch
+        self.horizon, self.execute = horizon, execute
         self.rate = PlanningRate()
         self._proposer = proposer
         self._seeds = [int(seed) for seed in seeds]
@@ -176,7 +169,7 @@ class MPCPolicy(Generic[StateT]):
         def value(plans_NKHA: Tensor) -> Tensor:
             nonlocal tried
             tried += plans_NKHA.shape[0] * plans_NKHA.shape[1]
-            return plan_values(dynamics, state, self.objective, plans_NKHA, self.batch)
+            return plan_values(dynamics, state, self.objective, plans_NKHA)
 
         problem = Problem(value, low, dynamics.action_high_A, dynamics.action_std_A, proposals)
         plan = self.planner.plan(problem, self._plan.shifted(self._carried_out), self._generators)

@@ -9,7 +9,7 @@ frame, D feature width, P agent_pos dims, X privileged target dims, F frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,37 +29,50 @@ class Imagined:
     """One imagined step of B rows.
 
     Attributes:
-        tokens: of the new frame, (B, S, C) float or (B, S) int64.
+        show: the new frame's tokens, (B, S, C) float or (B, S) int64; a model that foretells without them draws them
+            when they are asked for.
         agent_pos_BP: predicted proprioception, own units.
-        features_BD: mean of the model's features over the frame.
-        targets_BX: predicted privileged targets, own units (for Lift the cube's position, metres); X may be 0.
+        features_BD: mean of the model's features over the frame; D may be 0.
+        targets_BX: predicted privileged targets, own units (for Lift the cube's position, metres, and its rotation
+            where the model knows it); X may be 0.
         uncertainty_B: how far this step may be wrong, 0 to 1; zeros where the model does not tell.
     """
 
-    tokens: Tensor
+    show: Callable[[], Tensor]
     agent_pos_BP: Tensor
     features_BD: Tensor
     targets_BX: Tensor
     uncertainty_B: Tensor
 
+    @property
+    def tokens(self) -> Tensor:
+        """The new frame's, drawn now where they are."""
+        return self.show()
+
 
 @dataclass(frozen=True)
 class Futures:
-    """What becomes of B candidate plans, step by step; nothing is decoded until :meth:`frames` is called.
+    """What becomes of B candidate plans, step by step; nothing is drawn or decoded before it is asked for.
 
     Attributes:
         actions_BHA: the plans.
-        tokens, agent_pos_BHP, features_BHD, targets_BHX, uncertainty_BH: see :class:`Imagined`, with H after B.
+        shows: the tokens of the H steps, see :class:`Imagined`.
+        agent_pos_BHP, features_BHD, targets_BHX, uncertainty_BH: see there, with H after B.
         decode: tokens (B, S...) to frames (B, height, width, 3) uint8.
     """
 
     actions_BHA: Tensor
-    tokens: Tensor
+    shows: Sequence[Callable[[], Tensor]]
     agent_pos_BHP: Tensor
     features_BHD: Tensor
     targets_BHX: Tensor
     uncertainty_BH: Tensor
     decode: Callable[[Tensor], Tensor]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of all steps, (B, H, S...)."""
+        return self.window(len(self.shows))
 
     def frames(self, last: int) -> Tensor:
         """The last F = ``last`` frames of every plan, decoded: (B, F, height, width, 3) uint8.
@@ -71,9 +84,8 @@ class Futures:
 
     def window(self, last: int) -> Tensor:
         """The tokens of these frames, (B, F, S...)."""
-        steps = self.tokens.shape[1]
-        index = torch.arange(steps - last, steps, device=self.tokens.device).clamp_min(0)
-        return self.tokens[:, index]
+        shown = [show() for show in self.shows[-last:]]
+        return torch.stack([shown[0]] * (last - len(shown)) + shown, dim=1)
 
 
 class PlanningDynamics(Protocol[StateT]):
@@ -82,12 +94,14 @@ class PlanningDynamics(Protocol[StateT]):
     Attributes:
         action_low_A, action_high_A: bounds of an action.
         action_mean_A, action_std_A: of the actions that the model knows: where a search begins, and how far it reaches.
+        batch: rows that :meth:`step` is best given at once.
     """
 
     action_low_A: Tensor
     action_high_A: Tensor
     action_mean_A: Tensor
     action_std_A: Tensor
+    batch: int
 
     def start(self, observation: Observation) -> StateT:
         """The state of N environments that show these first observations."""

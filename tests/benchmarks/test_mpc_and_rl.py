@@ -34,6 +34,7 @@ def test_mpc_plans_and_writes_its_table(toy_folder: Path, tmp_path: Path) -> Non
     content = json.loads(table.with_suffix(".json").read_text())
     assert content["policies"]["mpc-free"]["gain"]["value"] == 0.5
     assert "| mpc-free | 2 of 2 |" in table.read_text()
+    assert "iCEM on the whole model of toy" in table.read_text()  # the toy knows no object
     with pytest.raises(InvalidArgument, match="nothing else to play"):
         mpc.MpcConfig(free=False)
 

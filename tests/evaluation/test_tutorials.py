@@ -54,9 +54,9 @@ def test_mpc(world: Path) -> None:
     run(
         "mpc.md",
         {
-            "steps, search = 63, ICEM(samples=32, elites=6, rounds=2)": "steps, search = 3, ICEM(4, 1, 1)",
-            "horizon=12, execute=4": "horizon=3, execute=2",
-            "count=4, horizon=12": "count=2, horizon=3",
+            'search = 63, ICEM(samples=256, elites=24, rounds=3, carry="mean")': "search = 3, ICEM(4, 1, 1)",
+            "horizon=16, execute=4": "horizon=3, execute=2",
+            "count=4, horizon=16": "count=2, horizon=3",
             'options={"start": 2}': 'options={"start": 1}',  # the toy's bank has two
         },
         blocks=6,

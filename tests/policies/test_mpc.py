@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toy_checkpoint import toy_checkpoint, toy_domain
 from toy_dynamics import same
 
-from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hma_gym.dynamics.pose import Pose
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import CheckpointError, EnvironmentState, InvalidArgument, UnknownName
 from hma_gym.policies.functions import FunctionPolicy
@@ -22,6 +24,7 @@ from hma_gym.policies.mpc import (
     CEM,
     ICEM,
     MPPI,
+    BodyDynamics,
     Cautious,
     Futures,
     GoalImage,
@@ -35,7 +38,8 @@ from hma_gym.policies.mpc import (
     first_plan,
     imagine,
 )
-from hma_gym.policies.mpc.learned import PlanState
+from hma_gym.policies.mpc.body import FARTHEST, TRUST
+from hma_gym.policies.mpc.loading import BODY_SEARCH
 from hma_gym.policies.mpc.noise import coloured_noise
 from hma_gym.policies.mpc.policy import plan_values
 
@@ -92,6 +96,16 @@ def test_a_good_proposal_is_taken() -> None:
     assert plan.value_N.tolist() == [0.0, 0.0]
 
 
+def test_the_mean_of_the_best_is_carried_out_where_that_is_asked_for() -> None:
+    """After one round without momentum it is the plain mean of the elites, from which the next search begins too."""
+    proposals = TARGET[:, None, None] + torch.tensor([0.1, -0.1, 0.1])[:, None, None].expand(2, 3, 4, 1)
+    search = ICEM(8, 3, 1, reach=1e-6, momentum=0.0, carry="mean")
+    plan = search.plan(problem(proposals), first_plan(2, 4, -3 * torch.ones(2)), generators(0, 1))
+    torch.testing.assert_close(plan.actions_NHA, proposals.mean(dim=1))
+    torch.testing.assert_close(plan.actions_NHA, plan.mean_NHA)
+    assert (plan.value_N < -0.01).all()
+
+
 def test_a_warm_start_is_the_last_plan_shifted() -> None:
     plan = ICEM(16, 2, 2).plan(problem(), first_plan(2, 4, torch.zeros(2)), generators(0, 1))
     shifted = plan.shifted(2)
@@ -119,11 +133,39 @@ def test_a_planner_that_cannot_search_is_refused() -> None:
         CEM(samples=8, elites=8)
     with pytest.raises(InvalidArgument, match=r"beta >= 0"):
         ICEM(beta=-1.0)
+    with pytest.raises(InvalidArgument, match=r"carry 'best' or 'mean'"):
+        ICEM(carry="first")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match=r"temperature > 0"):
         MPPI(temperature=0.0)
 
 
-# ---------------------------------------------------------------------- on the learned model
+# ---------------------------------------------------------------------- on the learned model, and on its body alone
+
+Planning = LearnedDynamics | BodyDynamics
+
+
+@pytest.fixture(scope="module")
+def handling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy checkpoint that knows an object, and whose trunk corrects nothing: its poses are the body's."""
+    place, turn = (0.1, 0.2, 0.8), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    fields = {"target_mean": place + turn, "target_std": (0.05,) * 3 + (0.3,) * 6, "object_turns": 4}
+    toy = toy_checkpoint(dataclasses.replace(toy_domain(), target_dim=9, **fields))
+    toy.dynamics.set_corrected(0, torch.zeros(9))
+    last = toy.dynamics.adapter(0).body.coast.network[-1]  # type: ignore[union-attr]
+    last.bias.data[-3] = -1.0  # type: ignore[union-attr, index]  # the object does not just stay where it is
+    return save_checkpoint(toy, tmp_path_factory.mktemp("handling") / "toy", half=False)
+
+
+@pytest.fixture(scope="module")
+def thing(handling: Path) -> Checkpoint:
+    """The same, loaded once."""
+    return load_checkpoint(handling)
+
+
+@pytest.fixture(params=["model", "body"])
+def dynamics(request: pytest.FixtureRequest, toy: Checkpoint, thing: Checkpoint) -> Planning:
+    """Both kinds; what is said of planning holds for either."""
+    return LearnedDynamics(toy, batch=4) if request.param == "model" else BodyDynamics(thing, batch=4)
 
 
 def hand_height(futures: Futures) -> Tensor:
@@ -131,9 +173,10 @@ def hand_height(futures: Futures) -> Tensor:
     return futures.agent_pos_BHP[:, -1, 2]
 
 
-def mpc(dynamics: LearnedDynamics, objective: Any = hand_height, **arguments: Any) -> MPCPolicy[PlanState]:
+def mpc(dynamics: Planning, objective: Any = hand_height, **arguments: Any) -> MPCPolicy[Any]:
     arguments = {"planner": ICEM(8, 2, 2), "seeds": [3, 4], "horizon": 4, "execute": 2, **arguments}
-    policy = MPCPolicy(dynamics, objective, arguments.pop("planner"), arguments.pop("seeds"), **arguments)
+    planner, seeds = arguments.pop("planner"), arguments.pop("seeds")
+    policy: MPCPolicy[Any] = MPCPolicy(dynamics, objective, planner, seeds, **arguments)  # type: ignore[arg-type]
     policy.reset(np.ones(len(policy._seeds), dtype=np.bool_))
     return policy
 
@@ -144,17 +187,24 @@ def learned(toy: Checkpoint, rows: int = 2) -> tuple[HMAVectorEnv, Any]:
     return envs, observation
 
 
-def test_planning_never_changes_the_environment(toy: Checkpoint) -> None:
-    envs, first = learned(toy)
-    twin, _ = learned(toy)
-    dynamics = LearnedDynamics(toy)
-    policy = mpc(dynamics, JudgedSuccess(toy.judge))  # type: ignore[arg-type]
+def alike(a: Any, b: Any) -> bool:
+    """Whether two states of a kind are equal to the last bit."""
+    if isinstance(a, Pose):
+        return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Pose))
+    return same(a.rollout, b.rollout)
+
+
+def test_planning_never_changes_the_environment(dynamics: Any) -> None:
+    world = dynamics.checkpoint
+    envs, first = learned(world)
+    twin, _ = learned(world)
+    policy = mpc(dynamics, JudgedSuccess(world.judge))
     rng = torch.get_rng_state()
     actions = policy.act(first)
     exact = dynamics.resume(envs.save_state())  # also on the environment's own state
-    before = exact.rollout.clone()
+    before = dynamics.fork(exact, 1)
     policy.search(exact, first)
-    assert same(exact.rollout, before)
+    assert alike(exact, before)
     assert torch.equal(rng, torch.get_rng_state())
     for step in range(2):
         planned, plain = envs.step(actions[:, step]), twin.step(actions[:, step])
@@ -163,19 +213,19 @@ def test_planning_never_changes_the_environment(toy: Checkpoint) -> None:
         policy.observe(planned[0]) if step == 0 else policy.act(planned[0])
 
 
-def test_a_plan_comes_true_in_the_world_that_it_was_made_for(toy: Checkpoint) -> None:
-    envs, _ = learned(toy)
-    dynamics = LearnedDynamics(toy)
+def test_a_plan_comes_true_in_the_world_that_it_was_made_for(dynamics: Any) -> None:
+    envs, _ = learned(dynamics.checkpoint)
     state = dynamics.resume(envs.save_state())
     plans = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 7)).astype(np.float32))
-    values = plan_values(dynamics, state, hand_height, plans, 4)  # two rows at a time and the third apart
+    values = plan_values(dynamics, state, hand_height, plans)  # two rows at a time and the third apart
     futures = imagine(dynamics, dynamics.fork(state, 3), plans.flatten(0, 1))
     torch.testing.assert_close(hand_height(futures).unflatten(0, (2, 3)), values)
     chunk = envs.step_chunk(plans[:, 1].numpy())
     np.testing.assert_allclose(futures.agent_pos_BHP[[1, 4], -1], envs._observed()["agent_pos"], atol=1e-5)
-    seen = futures.frames(1)[[1, 4], 0].numpy().astype(int)
-    assert np.abs(seen - chunk.observations["pixels"].astype(int)).max() <= 1
     assert futures.frames(6).shape == (6, 6, 40, 40, 3)  # longer than the plan: the first frame stands in
+    if isinstance(dynamics, LearnedDynamics):
+        seen = futures.frames(1)[[1, 4], 0].numpy().astype(int)
+        assert np.abs(seen - chunk.observations["pixels"].astype(int)).max() <= 1
 
 
 def test_the_context_is_that_of_the_real_frames(toy: Checkpoint) -> None:
@@ -197,9 +247,73 @@ def test_the_context_is_that_of_the_real_frames(toy: Checkpoint) -> None:
     assert policy._state.rollout.step_B.tolist() == [3, 0]
 
 
-def test_the_same_seed_gives_the_same_actions_and_neighbours_change_nothing(toy: Checkpoint) -> None:
-    dynamics = LearnedDynamics(toy)
-    _, first = learned(toy)
+def test_the_body_alone_foretells_what_the_model_does(thing: Checkpoint) -> None:
+    """From real frames, over real frames, and from the state of an environment."""
+    envs, first = learned(thing)
+    body, model = BodyDynamics(thing), LearnedDynamics(thing)
+    rng = np.random.default_rng(0)
+
+    def compare(pose: Pose, state: Any) -> None:
+        rollout = state.rollout
+        for own, other in (
+            (pose.agent_pos, rollout.agent_pos_BP),
+            (pose.targets, rollout.targets_BO),
+            (pose.motions, rollout.motions_BKP),
+            (pose.target_motions, rollout.target_motions_BKO),
+            (pose.actions, rollout.actions_BKA),
+            (pose.acted, rollout.acted_BK),
+        ):
+            torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+        actions = torch.from_numpy(rng.uniform(-1, 1, (2, 4, 7)).astype(np.float32))
+        mine = imagine(body, body.fork(pose, 1), actions)
+        theirs = imagine(model, model.fork(state, 1), actions)
+        torch.testing.assert_close(mine.agent_pos_BHP, theirs.agent_pos_BHP, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.targets_BHX, theirs.targets_BHX, atol=1e-5, rtol=1e-4)
+        assert mine.targets_BHX.std(dim=1).max() > 1e-3  # it does move
+
+    pose, state = body.start(first), model.start(first)
+    compare(pose, state)
+    for fresh in ([False, False], [False, True]):
+        action = rng.uniform(-1, 1, (2, 7)).astype(np.float32)
+        seen = envs.step(action)[0]
+        believed = body.step(body.fork(pose, 1), torch.from_numpy(action))[0].targets
+        pose = body.observe(pose, action, seen, np.array(fresh))
+        state = model.observe(state, action, seen, np.array(fresh))
+        told = state.rollout.targets_BO  # the model believes what it reads, the body moves toward it
+        moved, off = (pose.targets - believed)[:, :3].norm(dim=1), (told - believed)[:, :3].norm(dim=1)
+        for row in np.flatnonzero(~np.array(fresh)):
+            torch.testing.assert_close(moved[row], TRUST * off[row].clamp(max=FARTHEST), atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(pose.targets[fresh], told[fresh])  # a new episode believes its first frame
+        pose = dataclasses.replace(pose, targets=told)
+        compare(pose, state)
+    saved = envs.save_state()
+    compare(body.resume(saved), model.resume(saved))
+
+
+def test_frames_are_drawn_only_when_they_are_asked_for(thing: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = learned(thing)
+    dynamics = BodyDynamics(thing)
+    body, drawn = thing.dynamics.adapter(0).body, []
+    draw = type(body).drawn
+    monkeypatch.setattr(type(body), "drawn", lambda *inputs: drawn.append(1) or draw(*inputs))
+    futures = imagine(dynamics, dynamics.start(first), torch.rand(2, 3, 7))
+    ReachAndLift()(futures)
+    assert not drawn
+    reader = Reader()
+    JudgedByTokens(reader)(futures)
+    assert reader.seen == [5] and len(drawn) == 3
+    tokens = body.drawn(futures.agent_pos_BHP, futures.targets_BHX)
+    torch.testing.assert_close(futures.tokens, tokens)
+    assert futures.frames(1).shape == (2, 1, 40, 40, 3)
+
+
+def test_a_body_without_an_object_is_refused(toy: Checkpoint) -> None:
+    with pytest.raises(CheckpointError, match=r"knows no object in domain 'lift' .* plan on the whole model"):
+        BodyDynamics(toy)
+
+
+def test_the_same_seed_gives_the_same_actions_and_neighbours_change_nothing(dynamics: Any) -> None:
+    _, first = learned(dynamics.checkpoint)
     together = mpc(dynamics).act(first)
     np.testing.assert_array_equal(together, mpc(dynamics).act(first))
     one = {key: value[1:] for key, value in first.items()}
@@ -207,18 +321,20 @@ def test_the_same_seed_gives_the_same_actions_and_neighbours_change_nothing(toy:
     assert not np.array_equal(mpc(dynamics, seeds=[8, 9]).act(first), together)
 
 
-def test_too_many_observations_are_noticed(toy: Checkpoint) -> None:
-    envs, first = learned(toy)
-    policy = mpc(LearnedDynamics(toy))
+def test_too_many_observations_are_noticed(dynamics: Any) -> None:
+    _, first = learned(dynamics.checkpoint)
+    policy = mpc(dynamics)
     policy.observe(first)
     with pytest.raises(EnvironmentState, match="without an action before it"):
         policy.observe(first)
     with pytest.raises(InvalidArgument, match=r"execute <= horizon"):
-        mpc(LearnedDynamics(toy), execute=5)
+        mpc(dynamics, execute=5)
     with pytest.raises(InvalidArgument, match="needs observations with"):
-        LearnedDynamics(toy).start(first["pixels"])
+        dynamics.start(first["pixels"])
     with pytest.raises(EnvironmentState, match="must be of checkpoint 'toy'"):
-        LearnedDynamics(toy).resume({"world": ("other", "123"), "tensors": {}})
+        dynamics.resume({"world": ("other", "123"), "tensors": {}})
+    with pytest.raises(InvalidArgument, match="at least 1 row"):
+        type(dynamics)(dynamics.checkpoint, batch=0)
 
 
 class Reader:
@@ -251,19 +367,10 @@ def test_objectives(toy: Checkpoint) -> None:
     torch.testing.assert_close(Cautious(hand_height, 2.0)(doubtful), hand_height(futures) - 1.0)
     with pytest.raises(InvalidArgument, match="plan on the judge"):
         ReachAndLift()(futures)  # the toy predicts no cube
-    steps = torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.82], [0.0, 0.0, 0.82], [0.0, 0.0, 0.92]])  # hand
-    opening = torch.tensor([0.04, 0.04, 0.02, 0.02])
-    pose = torch.cat((steps, torch.zeros(4, 4), opening[:, None], -opening[:, None]), dim=1)[:, None]
-    cube = torch.tensor([0.82, 0.82, 0.82, 0.92])
-    made = dataclasses.replace(
-        futures, agent_pos_BHP=pose, targets_BHX=torch.stack((cube * 0, cube * 0, cube), dim=1)[:, None]
-    )
-    assert ReachAndLift()(made).diff().gt(0).all()  # above it, around it, closed, lifted: each better than the last
 
 
-def test_proposals_are_what_a_policy_would_do_in_the_imagined_world(toy: Checkpoint) -> None:
-    _, first = learned(toy)
-    dynamics = LearnedDynamics(toy)
+def test_proposals_are_what_a_policy_would_do_in_the_imagined_world(dynamics: Any) -> None:
+    _, first = learned(dynamics.checkpoint)
     seen: list[Any] = []
 
     def act(observation: Any) -> np.ndarray:
@@ -286,6 +393,70 @@ def test_proposals_are_what_a_policy_would_do_in_the_imagined_world(toy: Checkpo
     torch.testing.assert_close(first_time, randomly.propose(state, None, first, 0))
 
 
+def test_lift_is_by_stages() -> None:
+    """Above the cube, around it, closed, lifted: each better than the one before; and the ways that do not count."""
+
+    def value(
+        hand: tuple[float, ...], fingers: float, height: float, yaw: float = 0.0, columns: int = 9, command: float = 0.0
+    ) -> float:
+        half = torch.tensor(yaw / 2)
+        turn = torch.stack((half.cos(), half.sin(), half * 0, half * 0))  # pointing down
+        pose = torch.cat((torch.tensor(hand), turn, torch.tensor([fingers, -fingers])))
+        cube = torch.tensor([0.0, 0.0, height, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])[:columns]
+        nothing = torch.zeros(1, 1)
+        actions = torch.tensor([0.0] * 6 + [command])
+        futures = Futures(
+            actions[None, None], [], pose[None, None], torch.zeros(1, 1, 0), cube[None, None], nothing, lambda x: x
+        )
+        return float(ReachAndLift()(futures))
+
+    rest, open_, shut = 0.82, 0.04, 0.02
+    stages = [
+        value((0.2, 0.0, 1.0), open_, rest),
+        value((0.05, 0.0, 0.9), open_, rest),
+        value((0.0, 0.0, 0.87), open_, rest),
+        value((0.0, 0.0, rest), open_, rest),
+        value((0.0, 0.0, rest), shut, rest),
+        value((0.0, 0.0, 0.85), shut, 0.85),
+        value((0.0, 0.0, 0.9), shut, 0.9),
+    ]
+    assert all(better > worse for worse, better in zip(stages, stages[1:], strict=False))
+    assert value((0.06, 0.0, rest + 0.05), open_, rest) > value((0.06, 0.0, rest), open_, rest)  # it comes from above
+    assert value((0.0, 0.0, 0.9), shut, rest) < value((0.0, 0.0, 0.9), open_, rest)  # nothing in the hand
+    assert value((0.0, 0.0, rest), shut, 0.9) < stages[4] + 0.1  # thrown up, not lifted
+    assert value((0.0, 0.0, 0.85), shut, 0.85, command=1.0) > stages[5]  # and held
+    assert value((0.0, 0.0, 0.99), shut, 0.99) < stages[6]  # no higher than need be
+    assert value((0.0, 0.0, rest), open_, rest, yaw=0.5) < stages[3]  # askew
+    assert value((0.0, 0.0, rest), open_, rest, yaw=np.pi / 2) == pytest.approx(stages[3])  # a cube has four sides
+    assert value((0.0, 0.0, rest), open_, rest, yaw=0.5, columns=3) == pytest.approx(stages[3])  # rotation not known
+
+
+def test_mpc_is_on_the_body_where_there_is_an_object(handling: Path, thing: Checkpoint, tmp_path: Path) -> None:
+    _, first = learned(thing)
+    policy: Any = load_policy(f"mpc:icem:{handling}").make([EpisodeSeed(0, 1), EpisodeSeed(1, 2)])
+    assert isinstance(policy.dynamics, BodyDynamics) and isinstance(policy.objective, ReachAndLift)
+    assert policy.planner.samples == BODY_SEARCH["samples"] and policy.horizon == 16
+    file = tmp_path / "plan.json"
+
+    def options(**fields: Any) -> str:
+        search = {"samples": 4, "elites": 1, "rounds": 1}
+        file.write_text(json.dumps({"checkpoint": str(handling), "search": search, "horizon": 2, **fields}))
+        return f"mpc:{file}"
+
+    small: Any = load_policy(options(execute=1)).make([EpisodeSeed(0, 1), EpisodeSeed(1, 2)])
+    small.reset(ALL)
+    assert small.act(first).shape == (2, 1, 7) and small.planner.samples == 4
+    whole: Any = load_policy(options(dynamics="model", execute=1, batch=2)).make([EpisodeSeed(0, 1)])
+    assert isinstance(whole.dynamics, LearnedDynamics) and whole.dynamics.batch == 2
+    over: Any = load_policy(options(policy="random", proposals=2, execute=1)).make([EpisodeSeed(0, 1)])
+    over.reset(ALL[:1])
+    assert over.act({key: value[:1] for key, value in first.items()}).shape == (1, 1, 7)
+    with pytest.raises(InvalidArgument, match="must be 0 where plans are made on the body"):
+        load_policy(options(uncertainty_weight=1.0))
+    with pytest.raises(UnknownName, match="unknown dynamics 'trunk'"):
+        load_policy(options(dynamics="trunk"))
+
+
 def test_mpc_has_a_name(toy_folder: Path, tmp_path: Path, toy: Checkpoint) -> None:
     _, first = learned(toy)
     file = tmp_path / "plan.json"
@@ -305,6 +476,12 @@ def test_mpc_has_a_name(toy_folder: Path, tmp_path: Path, toy: Checkpoint) -> No
         load_policy(f"mpc:{file}")
     file.write_text(json.dumps({"checkpoint": str(toy_folder), "uncertainty_weight": 1.0}))
     with pytest.raises(CheckpointError, match="needs a calibrated checkpoint"):
+        load_policy(f"mpc:{file}")
+    file.write_text(json.dumps({"checkpoint": str(toy_folder), "dynamics": "body"}))
+    with pytest.raises(CheckpointError, match="knows no object"):
+        load_policy(f"mpc:{file}")
+    file.write_text(json.dumps({"checkpoint": str(toy_folder), "search": {"sample": 4}}))
+    with pytest.raises(InvalidArgument, match=r"got also \['sample'\]"):
         load_policy(f"mpc:{file}")
     with pytest.raises(UnknownName, match="unknown planner 'sgd'"):
         load_policy(f"mpc:sgd:{toy_folder}")
