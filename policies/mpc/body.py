@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.dynamics.coast import PLACE, ManipulationCoast
@@ -81,12 +82,10 @@ class BodyDynamics(PlanningDomain):
         action = self._normal(torch.from_numpy(np.array(actions_NA, dtype=np.float32)).to(self.device))
         given = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
         foretold, believed = self._body.coasted(state, action, given)
-        believed = torch.cat(
-            (believed[:, PLACE] + self._taken_along(state, foretold, believed, agent_pos), believed[:, 3:]), 1
-        )
-        # That an object was believed elsewhere is no motion.
-        after = state.after(agent_pos, believed, action, given)
-        surprised = (agent_pos - foretold)[:, FINGERS].abs().amax(dim=1, keepdim=True) > SURPRISE
+        along = self._taken_along(state, foretold, believed, agent_pos)
+        believed = believed + F.pad(along, (0, believed.shape[1] - along.shape[1]))
+        after = state.after(agent_pos, believed, action, given)  # that it was believed elsewhere is no motion
+        surprised = ((agent_pos - foretold)[:, FINGERS].abs() > SURPRISE).any(dim=1, keepdim=True)
         told = self._body.sighted(tokens, agent_pos, believed) - believed
         share = TRUST * (surprised | ~self._aloft(believed))
         after = dataclasses.replace(after, targets=believed + share * told)

@@ -38,7 +38,7 @@ from hma_gym.policies.mpc import (
     first_plan,
     imagine,
 )
-from hma_gym.policies.mpc.body import FARTHEST, TRUST
+from hma_gym.policies.mpc.body import TRUST
 from hma_gym.policies.mpc.loading import BODY_SEARCH
 from hma_gym.policies.mpc.noise import coloured_noise
 from hma_gym.policies.mpc.policy import plan_values
@@ -276,18 +276,48 @@ def test_the_body_alone_foretells_what_the_model_does(thing: Checkpoint) -> None
     for fresh in ([False, False], [False, True]):
         action = rng.uniform(-1, 1, (2, 7)).astype(np.float32)
         seen = envs.step(action)[0]
-        believed = body.step(body.fork(pose, 1), torch.from_numpy(action))[0].targets
         pose = body.observe(pose, action, seen, np.array(fresh))
         state = model.observe(state, action, seen, np.array(fresh))
-        told = state.rollout.targets_BO  # the model believes what it reads, the body moves toward it
-        moved, off = (pose.targets - believed)[:, :3].norm(dim=1), (told - believed)[:, :3].norm(dim=1)
-        for row in np.flatnonzero(~np.array(fresh)):
-            torch.testing.assert_close(moved[row], TRUST * off[row].clamp(max=FARTHEST), atol=1e-6, rtol=1e-3)
-        torch.testing.assert_close(pose.targets[fresh], told[fresh])  # a new episode believes its first frame
-        pose = dataclasses.replace(pose, targets=told)
+        rollout = state.rollout  # it believes what it reads; the body does so at first, and later see below
+        torch.testing.assert_close(pose.targets[fresh], rollout.targets_BO[fresh])
+        pose = dataclasses.replace(pose, targets=rollout.targets_BO, target_motions=rollout.target_motions_BKO)
         compare(pose, state)
     saved = envs.save_state()
     compare(body.resume(saved), model.resume(saved))
+
+
+def test_a_reading_moves_the_belief_but_not_of_what_is_in_the_hand(
+    thing: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs, first = learned(thing)
+    dynamics = BodyDynamics(thing)
+    body = thing.dynamics.adapter(0).body
+    start, action = dynamics.start(first), np.zeros((2, 7), np.float32)
+    given = torch.ones(2, dtype=torch.bool)
+    foretold, believed = body.coasted(
+        start, (torch.zeros(2, 7) - dynamics.action_mean_A) / dynamics.action_std_A, given
+    )
+    told = believed + torch.tensor([0.1, 0.0, 0.0] + [0.0] * 6)
+    monkeypatch.setattr(body, "sighted", lambda tokens, agent_pos, belief: told)
+
+    def moved(floor: float, fingers: float, hand: float = 0.0) -> Tensor:
+        """By how much the belief is moved where objects lie at a height and the hand is not quite where foretold."""
+        body.set_floor(floor)
+        off = torch.tensor([hand, 0.0, 0.0] + [0.0] * 4 + [fingers, 0.0])
+        seen = {**first, "agent_pos": (foretold + off).numpy()}
+        after = dynamics.observe(start, action, seen, np.zeros(2, np.bool_))
+        return (after.targets - believed)[:, 0]
+
+    height = float(believed[:, 2].min())
+    try:
+        lying, aloft = height + 1.0, height - 1.0
+        torch.testing.assert_close(moved(lying, 0.0), torch.full((2,), 0.1 * TRUST), atol=1e-5, rtol=0)
+        torch.testing.assert_close(moved(aloft, 0.0), torch.zeros(2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(moved(aloft, 0.01), torch.full((2,), 0.1 * TRUST), atol=1e-5, rtol=0)
+        taken = moved(aloft, 0.0, hand=0.05)  # a part of the way, as far as it goes with the hand
+        assert (taken > 1e-3).all() and (taken < 0.05).all()
+    finally:
+        body.set_floor(-np.inf)
 
 
 def test_frames_are_drawn_only_when_they_are_asked_for(thing: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
