@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hma_gym.data.object_pose import OBJECT_KEY, POSITION, QUATERNION
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.policies.diffusion.model import DiffusionModel
 from hma_gym.policies.protocol import Observation
 from hma_gym.policies.scripted import LiftScript, ScriptedConfig
 
 OBJECT_SIZE = 5
-_OBJECT_KEY = "object"
-_POSITION, _QUATERNION = slice(0, 3), slice(3, 7)
 _SETTLED = 0.5
 """Share of the latest reading in the believed place: one glance is noisy, and a cube may move."""
 
@@ -36,15 +35,15 @@ def object_targets(obs: Mapping[str, NDArray[Any]], where: str) -> NDArray[np.fl
     Raises:
         DatasetError: the episode does not tell.
     """
-    if _OBJECT_KEY not in obs or obs[_OBJECT_KEY].shape[-1] < _QUATERNION.stop:
+    if OBJECT_KEY not in obs or obs[OBJECT_KEY].shape[-1] < QUATERNION.stop:
         raise DatasetError(
-            f"{where}: obs/{_OBJECT_KEY} with position and quaternion is needed to read the object; record it, or "
+            f"{where}: obs/{OBJECT_KEY} with position and quaternion is needed to read the object; record it, or "
             "train with read_object=False."
         )
-    rows = np.asarray(obs[_OBJECT_KEY], dtype=np.float64)
-    x, y, z, w = np.moveaxis(rows[:, _QUATERNION], -1, 0)
+    rows = np.asarray(obs[OBJECT_KEY], dtype=np.float64)
+    x, y, z, w = np.moveaxis(rows[:, QUATERNION], -1, 0)
     yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))
-    return np.concatenate([rows[:, _POSITION], np.cos(4 * yaw)[:, None], np.sin(4 * yaw)[:, None]], axis=1).astype(
+    return np.concatenate([rows[:, POSITION], np.cos(4 * yaw)[:, None], np.sin(4 * yaw)[:, None]], axis=1).astype(
         np.float32
     )
 

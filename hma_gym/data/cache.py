@@ -27,15 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hma_gym.data.episodes import EEF_POS, Episode
-from hma_gym.data.object_pose import POSITION, QUATERNION, object_poses, turned_alike
+from hma_gym.data.object_pose import OBJECT_KEY, POSITION, QUATERNION, object_poses, turned_alike
 from hma_gym.data.robomimic_hdf5 import Dataset, storage_errors
 from hma_gym.domains import Domain
 from hma_gym.errors import DatasetError
 
 SPLITS = ("train", "valid", "test")
-
-#: robomimic's observation of the object: what is known of it, privileged, is the targets.
-OBJECT_KEY = "object"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Columns of robomimic's ``object`` observation: position (m), quaternion (xyzw).
+#: robomimic's observation of the object.
+OBJECT_KEY = "object"
+
+#: Columns of it: position (m), quaternion (xyzw).
 POSITION, QUATERNION = slice(0, 3), slice(3, 7)
 
 

@@ -542,16 +542,7 @@ class Dynamics(nn.Module):
             nothing = torch.zeros(len(state), 1, dtype=torch.bool, device=state.step_B.device)
             place, thing = state.agent_pos_BP[:, None], state.targets_BO[:, None]
             return first_pose(place, thing, self.config.body.history, self.action_size, nothing)
-        pose = Pose(
-            state.agent_pos_BP,
-            state.targets_BO,
-            state.motions_BKP,
-            state.target_motions_BKO,
-            torch.ones_like(state.acted_BK),
-            state.actions_BKA,
-            state.acted_BK,
-        )
-        return Pose(*(getattr(pose, f.name)[:, None] for f in dataclasses.fields(pose)))
+        return state.pose.rows((slice(None), None))
 
     def _inputs(self, tokens_BTND: Tensor, extra_BTZD: Tensor) -> Tensor:
         return torch.cat((tokens_BTND, extra_BTZD.to(tokens_BTND.dtype)), dim=2) + self.position_embedding
@@ -738,11 +729,10 @@ class Dynamics(nn.Module):
         device = domain_B.device
         level = self.config.state_noise * torch.rand(rows, 1, 1, generator=generator, device=device)
         drift = level * torch.randn(rows, 1, self.state_size, generator=generator, device=device)
-        for adapter, chosen in self._groups(domain_B):
-            drift[chosen, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
         thing = level * torch.randn(rows, 1, self.object_size, generator=generator, device=device)
         for adapter, chosen in self._groups(domain_B):
             size = adapter.body.target_dim
+            drift[chosen, :, : adapter.domain.state_dim] *= adapter.get_buffer("delta_std")
             thing[chosen, :, :size] *= adapter.body.get_buffer("object_step")[:size]
         return drift, thing
 
@@ -767,8 +757,7 @@ class Dynamics(nn.Module):
         state = dataclasses.replace(state, targets_BO=things[:, 0])
         kept = [state.tokens]
         for t in range(frames - 1):
-            pose = self._rollout_pose(state).rows((slice(None), 0))
-            pose = pose.after(agent_pos[:, t + 1], things[:, t + 1], actions[:, t], known_BT[:, t])
+            pose = state.pose.after(agent_pos[:, t + 1], things[:, t + 1], actions[:, t], known_BT[:, t])
             state, _ = self._step(state, actions[:, t], known_BT[:, t], True, None)
             state = dataclasses.replace(
                 state,

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+RowsT = TypeVar("RowsT")
+
+
+def mixed_rows(mask_B: Tensor, there: RowsT, elsewhere: RowsT) -> RowsT:
+    """Rows of the one dataclass of tensors (B, ...) where the mask is True, of the other elsewhere, as a copy."""
+    mixed: dict[str, Any] = {}
+    for field in dataclasses.fields(there):  # type: ignore[arg-type]
+        new, own = getattr(there, field.name), getattr(elsewhere, field.name)
+        mixed[field.name] = torch.where(mask_B.view(-1, *(1,) * (own.ndim - 1)), new, own)
+    return type(there)(**mixed)
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Pose:
     actions: Tensor
     acted: Tensor
 
-    def rows(self, rows: Tensor | slice | tuple[slice, int]) -> Pose:
+    def rows(self, rows: Tensor | slice | tuple[slice, None]) -> Pose:
         """Of some rows only, by an index of the leading dims."""
         return Pose(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 

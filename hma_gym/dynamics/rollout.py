@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hma_gym.dynamics.pose import Pose, mixed_rows
 from hma_gym.errors import EnvironmentState
 from hma_gym.nn.transformer import Cache
 
@@ -58,6 +59,20 @@ class RolloutState:
         """The cache part, as the trunk wants it."""
         return Cache(self.keys_BLWND, self.values_BLWND, self.step_B)
 
+    @property
+    def pose(self) -> Pose:
+        """Where everything is, as the bodies want it (padded to the widest domain); a rollout starts at rest, so that
+        all changes are known."""
+        return Pose(
+            self.agent_pos_BP,
+            self.targets_BO,
+            self.motions_BKP,
+            self.target_motions_BKO,
+            torch.ones_like(self.acted_BK),
+            self.actions_BKA,
+            self.acted_BK,
+        )
+
     def map(self, function: Callable[[Tensor], Tensor]) -> RolloutState:
         """Apply one function to every tensor."""
         return RolloutState(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
@@ -87,11 +102,7 @@ class RolloutState:
 
     def where(self, mask_B: Tensor, other: RolloutState) -> RolloutState:
         """Rows of ``other`` where the mask is True, own rows elsewhere (a partial reset), as a copy."""
-        mixed = {}
-        for field in dataclasses.fields(self):
-            own, new = getattr(self, field.name), getattr(other, field.name)
-            mixed[field.name] = torch.where(mask_B.view(-1, *(1,) * (own.ndim - 1)), new, own)
-        return RolloutState(**mixed)
+        return mixed_rows(mask_B, other, self)
 
     def to_dict(self) -> dict[str, Tensor]:
         """Tensors by name (on the CPU), for ``save_state`` and files; the inverse of :meth:`from_dict`."""

@@ -13,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hma_gym.data.episodes import Episode
+from hma_gym.data.object_pose import OBJECT_KEY, POSITION
 from hma_gym.errors import DatasetError
-
-OBJECT_KEY = "object"
-"""robosuite's object observation; its first three values are the object's position in metres (world frame)."""
 
 
 def success_by_row(episode: Episode) -> NDArray[np.bool_]:
@@ -38,7 +36,7 @@ def object_by_row(episode: Episode) -> NDArray[np.float32]:
     """Where the object is at each row: (T, 3) metres, NaN where the dataset does not tell."""
     if OBJECT_KEY not in episode.obs:
         return np.full((len(episode), 3), np.nan, dtype=np.float32)
-    return np.asarray(episode.obs[OBJECT_KEY][:, :3], dtype=np.float32)
+    return np.asarray(episode.obs[OBJECT_KEY][:, POSITION], dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.dynamics.coast import PLACE, ManipulationCoast
-from hma_gym.dynamics.pose import Pose, first_pose
+from hma_gym.dynamics.pose import Pose, first_pose, mixed_rows
 from hma_gym.errors import CheckpointError
 from hma_gym.policies.mpc.domain import PlanningDomain
 from hma_gym.policies.mpc.protocol import Imagined
@@ -57,7 +57,8 @@ class BodyDynamics(PlanningDomain):
 
     def __init__(self, checkpoint: Checkpoint, domain: str | None = None, *, batch: int = 1024) -> None:
         super().__init__(checkpoint, domain, batch)
-        self._body = checkpoint.dynamics.adapter(self.index).body
+        self._adapter = checkpoint.dynamics.adapter(self.index)
+        self._body = self._adapter.body
         if not self._body.target_dim:
             raise CheckpointError(
                 f"checkpoint {checkpoint.name!r} knows no object in domain {self.domain.name!r} (its object_turns are "
@@ -79,7 +80,9 @@ class BodyDynamics(PlanningDomain):
     ) -> Pose:
         """See the protocol."""
         tokens, agent_pos = self._frame(observation)
-        action = self._normal(torch.from_numpy(np.array(actions_NA, dtype=np.float32)).to(self.device))
+        action = self._adapter.normalise_action(
+            torch.from_numpy(np.array(actions_NA, dtype=np.float32)).to(self.device)
+        )
         given = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
         foretold, believed = self._body.coasted(state, action, given)
         along = self._taken_along(state, foretold, believed, agent_pos)
@@ -90,7 +93,7 @@ class BodyDynamics(PlanningDomain):
         share = TRUST * (surprised | ~self._aloft(believed))
         after = dataclasses.replace(after, targets=believed + share * told)
         if fresh_N.any():
-            after = _where(torch.from_numpy(fresh_N).to(self.device), self.start(observation), after)
+            after = mixed_rows(torch.from_numpy(fresh_N).to(self.device), self.start(observation), after)
         return after
 
     def resume(self, saved: Mapping[str, Any]) -> Pose:
@@ -100,16 +103,7 @@ class BodyDynamics(PlanningDomain):
         Raises:
             EnvironmentState: the state is of another checkpoint.
         """
-        tensors = {name: tensor.to(self.device) for name, tensor in self.own(saved).items()}
-        pose = Pose(
-            tensors["rollout.agent_pos_BP"],
-            tensors["rollout.targets_BO"],
-            tensors["rollout.motions_BKP"],
-            tensors["rollout.target_motions_BKO"],
-            torch.ones_like(tensors["rollout.acted_BK"]),
-            tensors["rollout.actions_BKA"],
-            tensors["rollout.acted_BK"],
-        )
+        pose = self.rollout(saved).pose
         return pose.narrowed(self.domain.state_dim, self._body.target_dim, len(self.action_mean_A))
 
     @torch.inference_mode()
@@ -120,10 +114,9 @@ class BodyDynamics(PlanningDomain):
     @torch.inference_mode()
     def step(self, state: Pose, actions_BA: Tensor) -> tuple[Pose, Imagined]:
         """See the protocol."""
-        action, body = self._normal(actions_BA), self._body
+        action, body = self._adapter.normalise_action(actions_BA), self._body
         given = torch.ones(len(action), dtype=torch.bool, device=self.device)
         agent_pos, targets = body.coasted(state, action, given)
-        agent_pos = body.within(agent_pos)
 
         @torch.inference_mode()
         def show() -> Tensor:
@@ -152,15 +145,3 @@ class BodyDynamics(PlanningDomain):
         tokens, agent_pos = self.read(observation)
         assert agent_pos is not None  # a domain with an object has a hand
         return tokens, agent_pos
-
-    def _normal(self, actions_BA: Tensor) -> Tensor:
-        return (actions_BA - self.action_mean_A) / self.action_std_A
-
-
-def _where(mask_B: Tensor, there: Pose, elsewhere: Pose) -> Pose:
-    """Rows of the one pose where the mask is true, of the other elsewhere."""
-    mixed = {}
-    for field in dataclasses.fields(Pose):
-        own, other = getattr(there, field.name), getattr(elsewhere, field.name)
-        mixed[field.name] = torch.where(mask_B.view(-1, *(1,) * (own.ndim - 1)), own, other)
-    return Pose(**mixed)

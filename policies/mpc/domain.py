@@ -5,6 +5,7 @@ Shape legend: N environments, A action dims x stride, P agent_pos dims.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.errors import EnvironmentState, InvalidArgument
 from hma_gym.policies.protocol import Observation
 
@@ -74,8 +76,8 @@ class PlanningDomain:
         """See the protocol."""
         return self.checkpoint.tokenizer.decode(tokens)
 
-    def own(self, saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The tensors of learned environments of this checkpoint, from what their ``save_state`` (of a vector
+    def rollout(self, saved: Mapping[str, Any]) -> RolloutState:
+        """The rollouts of learned environments of this checkpoint, from what their ``save_state`` (of a vector
         environment) or ``get_state`` returned.
 
         Raises:
@@ -86,5 +88,5 @@ class PlanningDomain:
                 f"state must be of checkpoint {self.checkpoint.name!r} (digest {self.checkpoint.digest[:12]}), got one "
                 f"of {saved['world'][0]!r} ({saved['world'][1][:12]}); plan with the environment's own checkpoint."
             )
-        tensors: Mapping[str, Tensor] = saved["tensors"]
-        return tensors
+        names = [f.name for f in dataclasses.fields(RolloutState)]
+        return RolloutState(**{name: saved["tensors"][f"rollout.{name}"].to(self.device) for name in names})

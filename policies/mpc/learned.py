@@ -9,7 +9,6 @@ Shape legend: N environments, B rows, K copies, A action dims, P agent_pos dims.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +74,7 @@ class LearnedDynamics(PlanningDomain):
         Raises:
             EnvironmentState: the state is of another checkpoint.
         """
-        tensors = self.own(saved)
-        names = [f.name for f in dataclasses.fields(RolloutState)]
-        rollout = RolloutState(**{name: tensors[f"rollout.{name}"].to(self.device) for name in names})
+        rollout = self.rollout(saved)
         return PlanState(rollout, rollout.step_B.clone())
 
     @torch.inference_mode()

@@ -10,7 +10,6 @@ from torch import Tensor
 from toy_dynamics import batch, begin, domain, handling, model, rollout, same
 
 from hma_gym.dynamics.model import Dynamics
-from hma_gym.dynamics.pose import Pose
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.errors import EnvironmentState, InvalidArgument
 
@@ -37,15 +36,7 @@ def test_each_step_foretells_the_object_and_remembers_how_it_moved() -> None:
     state, rows = begin(dynamics, clip), torch.tensor([1, 3])
     body, moved = dynamics.adapter(1).body, 0.0
     for t, (after, out) in enumerate(rollout(dynamics, state, clip["actions"])):
-        pose = Pose(
-            state.agent_pos_BP,
-            state.targets_BO,
-            state.motions_BKP,
-            state.target_motions_BKO,
-            torch.ones_like(state.acted_BK),
-            state.actions_BKA,
-            state.acted_BK,
-        ).rows(rows)
+        pose = state.pose.rows(rows)
         action = dynamics.normalise_actions(clip["actions"][:, t : t + 1], clip["domain"])[rows, 0]
         _, coasted = body.coasted(pose, action, torch.ones(2, dtype=torch.bool))
         torch.testing.assert_close(after.targets_BO[rows], coasted, rtol=1e-4, atol=1e-5)

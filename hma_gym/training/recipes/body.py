@@ -1,10 +1,9 @@
 """The first stage of training a dynamics model: each domain's body, from its token cache (see hma_gym.dynamics.body).
 
 It is part of ``hma-gym train dynamics`` and runs before the trunk is trained. ``look`` and ``sight`` are trained on
-single frames all the time, ``coast`` on very short
-windows from everywhere first, many at a time, which is where it learns how the robot moves; then on its own rollouts,
-longer and longer, where it learns not to drift. Long rollouts alone cost as much time for a tenth as many transitions,
-and learn the training episodes by heart.
+single frames all the time, ``coast`` on very short windows from everywhere first, many at a time, which is where it
+learns how things move; then on its own rollouts, longer and longer, where it learns not to drift. Long rollouts alone
+cost as much time for a tenth as many transitions, and learn the training episodes by heart.
 
 Lift, 3200 episodes, one CPU core: 6000 steps in 12 minutes; the scores to expect are in docs/experiments.md.
 
