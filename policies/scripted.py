@@ -13,7 +13,7 @@ Shape legend: N environments, A = 7 action dims (translation 3, rotation 3, grip
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -398,6 +398,40 @@ def _wander(hand: _Hand, s: Situation) -> Script:
         s = yield action
 
 
+def _roam(hand: _Hand, s: Situation) -> Script:
+    """Anywhere the arm gets, for as long as it lasts: uniform noise, slow strong drifts, far places, and another
+    script's motions aimed at a cube that is not there. No fence: it presses on the table and leaves the picture."""
+    rng = hand.rng
+    while True:
+        kind = rng.choice(["uniform", "drift", "places", "elsewhere"], p=[0.3, 0.25, 0.25, 0.2])
+        steps = int(rng.integers(30, 120))
+        if kind == "uniform":
+            for _ in range(steps):
+                s = yield rng.uniform(-1, 1, 7)
+        elif kind == "drift":
+            memory, wave = rng.uniform(0.8, 0.98), np.zeros(7)
+            scale = np.concatenate([rng.uniform(0.3, 1.2, 3), rng.uniform(0.05, 0.8, 3), [2.0]])
+            for _ in range(steps):
+                wave = memory * wave + np.sqrt(1 - memory**2) * rng.standard_normal(7)
+                s = yield wave * scale
+        elif kind == "places":
+            for _ in range(steps // 15):
+                goal = np.array([rng.uniform(-0.35, 0.3), rng.uniform(-0.45, 0.45), rng.uniform(0.8, 1.35)])
+                grip, spin = float(rng.choice([_OPEN, _CLOSE])), rng.normal(0, 0.4)
+                s = yield from hand.go(s, goal, grip, steps=int(rng.integers(8, 25)), tolerance=0.01, spin=spin)
+        else:
+            shift = np.array([rng.uniform(-0.25, 0.25), rng.uniform(-0.3, 0.3), rng.uniform(-0.01, 0.25)])
+
+            def imagined(s: Situation, shift: Vec = shift) -> Situation:
+                return replace(s, cube=s.cube + shift)
+
+            script = (_expert, _near_miss, _drop, _push)[int(rng.integers(4))](hand, imagined(s))
+            action = next(script)
+            for _ in range(steps):
+                s = yield action
+                action = script.send(imagined(s))
+
+
 def _home(hand: _Hand, s: Situation) -> Script:
     goal = np.array([-0.1, 0.0, 1.0]) + hand.rng.normal(0, 0.04, 3)
     grip = float(hand.rng.choice([_OPEN, _CLOSE]))
@@ -426,6 +460,7 @@ MODES: dict[str, Callable[[_Hand, Situation], Script]] = {
     "push": _push,
     "wander": _wander,
     "switch": _switch,
+    "roam": _roam,
 }
 """Mode name -> script. ``expert`` with a low competence fails in the ways that a bad policy does."""
 
@@ -437,6 +472,7 @@ CATEGORY_OF_FAILURE = {
     "push": "pushed",
     "wander": "random_walk",
     "switch": "switched",
+    "roam": "random_walk",
 }
 """Mode -> category of an episode in which the cube was never up."""
 

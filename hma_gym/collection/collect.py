@@ -80,7 +80,11 @@ class CollectConfig:
         seed: with the episode's number it decides everything in an episode.
         steps: T, rows per episode.
         image_size: height and width of the images in pixels.
+        images: render them. A file without is made three times as fast, and teaches motion alone (``hma-gym train
+            dynamics --motions``).
         policies: policies to record instead of the scripts, in equal shares, as ``hma-gym evaluate`` takes them.
+        roam: share of the episodes in which the arm roams anywhere it gets (mode ``roam``), in place of the mixture's:
+            what long rollouts and untrained policies do; 0 to 1. Let these be long (``--steps 250``).
         action_noise: noise on the actions of ``policies``: each episode draws its standard deviation between 0 and
             this, in env units.
         mixture: which scripts, in which shares (not a command-line option).
@@ -93,7 +97,9 @@ class CollectConfig:
     seed: int = 0
     steps: int = 64
     image_size: int = 64
+    images: bool = True
     policies: tuple[str, ...] = ()
+    roam: float = 0.0
     action_noise: float = 0.0
     mixture: Annotated[tuple[Ingredient, ...], tyro.conf.Suppress] = DEFAULT_MIXTURE
 
@@ -112,6 +118,15 @@ class CollectConfig:
                 f"action_noise must be finite, at least 0, and is for policies only, got {self.action_noise} with "
                 f"{len(self.policies)} policies."
             )
+        if self.policies and not self.images:
+            raise InvalidArgument(
+                f"images must be True with policies, which look at them, got False with {len(self.policies)} policies; "
+                "without images, record the scripts."
+            )
+        if not 0.0 <= self.roam <= 1.0 or (self.roam and self.policies):
+            raise InvalidArgument(
+                f"roam must lie in [0, 1] and is for scripts only, got {self.roam} with {len(self.policies)} policies."
+            )
         weights = [part.weight for part in self.mixture]
         if not weights or min(weights) < 0 or sum(weights) <= 0:
             raise InvalidArgument(f"mixture needs non-negative weights with a positive sum, got {self.mixture}.")
@@ -122,22 +137,32 @@ class CollectConfig:
                     f"got {part}."
                 )
 
+    def ingredients(self) -> tuple[Ingredient, ...]:
+        """The mixture, with its share of roaming."""
+        if self.roam == 0.0:
+            return self.mixture
+        total = sum(part.weight for part in self.mixture)
+        rest = [dataclasses.replace(part, weight=(1 - self.roam) * part.weight / total) for part in self.mixture]
+        return (*(part for part in rest if part.weight > 0), Ingredient(self.roam, "roam"))
+
     def content(self) -> dict[str, Any]:
         """What decides an episode's content, JSON-ready: two collections may share shards if it is equal."""
         fields = dataclasses.asdict(self)
         played = (
             {"policies": list(self.policies), "action_noise": self.action_noise}
             if self.policies
-            else {"mixture": [dataclasses.asdict(part) for part in self.mixture]}
+            else {"mixture": [dataclasses.asdict(part) for part in self.ingredients()]}
         )
-        return {key: fields[key] for key in ("task", "seed", "steps", "image_size")} | played
+        seen = {"image_size": self.image_size} if self.images else {"images": False}
+        return {key: fields[key] for key in ("task", "seed", "steps")} | seen | played
 
 
 def draw_policy(config: CollectConfig, index: int) -> ScriptedConfig:
     """The policy of episode ``index``: a draw from the mixture."""
     rng = np.random.default_rng([config.seed, index, 1])
-    weights = np.array([part.weight for part in config.mixture])
-    part = config.mixture[int(rng.choice(len(weights), p=weights / weights.sum()))]
+    mixture = config.ingredients()
+    weights = np.array([part.weight for part in mixture])
+    part = mixture[int(rng.choice(len(weights), p=weights / weights.sum()))]
     bias = rng.normal(0.0, 0.08, 3) if rng.random() < 0.15 else np.zeros(3)
     if part.competence_low == 1.0:
         bias = np.zeros(3)
@@ -211,12 +236,13 @@ def closed_loop_player(config: CollectConfig, sources: Sequence[PolicySource], i
 def record_episode(simulation: Simulation, config: CollectConfig, player: Player, index: int) -> Episode:
     """Run and record episode ``index`` of a collection; the same whatever the simulation did before."""
     start = int(np.random.default_rng([config.seed, index, 3]).integers(2**31))
+    unseen = np.zeros((0, 0, 3), dtype=np.uint8)
     simulation.reset(start)
     rows: dict[str, list[Any]] = {key: [] for key in ("image", "action", "state", "reward")}
     observations: list[dict[str, Any]] = []
     for _ in range(config.steps):
         observations.append(simulation.observe())
-        rows["image"].append(simulation.render(config.image_size))
+        rows["image"].append(simulation.render(config.image_size) if config.images else unseen)
         rows["state"].append(simulation.flattened_state())
         action = player.act(simulation, rows["image"][-1])
         simulation.step(check_action(action, simulation.task.action_dim))

@@ -76,6 +76,10 @@ class TokenCache:
         targets = [turned_alike(self.targets_FX[self.rows(n)], turns) for n in range(len(self))]
         return dataclasses.replace(self, targets_FX=np.concatenate(targets))
 
+    def without_tokens(self) -> TokenCache:
+        """Actions, agent_pos and targets alone; tokens are (F, 0)."""
+        return dataclasses.replace(self, tokens=np.zeros((len(self.tokens), 0), np.float16), tokenizer="")
+
     def make_domain(
         self, name: str, *, stride: int, control_hz: float, image_size: tuple[int, int], object_turns: int = 0
     ) -> Domain:
@@ -214,7 +218,7 @@ def targets_of(episode: Episode) -> NDArray[np.float32]:
 
 def build_token_cache(
     dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor] | None,
     *,
     domain: str = "",
     tokenizer: str = "",
@@ -224,7 +228,7 @@ def build_token_cache(
     """Encode all frames of a dataset.
 
     Args:
-        encode: a tokenizer's ``encode``: (T, H, W, 3) uint8 to tokens.
+        encode: a tokenizer's ``encode``: (T, H, W, 3) uint8 to tokens. None reads no image: tokens are (F, 0).
         domain, tokenizer: the domain's name and the tokenizer's digest, kept with the cache.
         previous: a cache of some episodes of the same dataset; what it knows by name is not encoded again. (While a
             dataset is recorded by several workers, new episodes come in between old ones.)
@@ -234,15 +238,19 @@ def build_token_cache(
     parts: dict[str, list[NDArray[Any]]] = {key: [] for key in ("tokens", "actions", "agent_pos", "targets")}
     members = {name: set(dataset.split(name)) if name in dataset.masks else set() for name in SPLITS}
     names = tuple(demo.name for demo in dataset.demos)
-    for n, name in enumerate(tqdm(names, desc="encoding frames", unit="episode", disable=not progress)):
+    for n, name in enumerate(
+        tqdm(names, desc="reading" if encode is None else "encoding frames", unit="episode", disable=not progress)
+    ):
         if previous is not None and name in known:
             rows = previous.rows(known[name])
             found = (previous.tokens, previous.actions_FA, previous.agent_pos_FP, previous.targets_FX)
             arrays = tuple(array[rows] for array in found)
         else:
-            episode = dataset[n]
-            tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
-            tokens = tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32)
+            episode = dataset.without_images(n) if encode is None else dataset[n]
+            tokens = np.zeros((len(episode), 0), np.float16)
+            if encode is not None:
+                tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
+                tokens = tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32)
             arrays = (tokens, episode.actions_TA, episode.agent_pos_TP, targets_of(episode))
         for (key, part), array in zip(parts.items(), arrays, strict=True):
             if part and part[0].shape[1:] != array.shape[1:]:

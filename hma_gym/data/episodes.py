@@ -32,7 +32,7 @@ class Episode:
     """One episode; arrays of T rows each.
 
     Attributes:
-        images_THWC: uint8 camera frames, upright.
+        images_THWC: uint8 camera frames, upright; H = W = 0 where none were rendered.
         agent_pos_TP: float32 proprioception (see :func:`agent_pos_from_obs`).
         actions_TA: float32 actions in env units.
         states_TS: float64 flattened simulator states; S = 0 where a dataset has none.

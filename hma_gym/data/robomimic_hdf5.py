@@ -352,6 +352,8 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
     ):
         group.create_dataset(key, data=array)
     images = episode.images_THWC
+    if not images.size:
+        return
     chunk = (min(FRAMES_PER_CHUNK, len(images)), *images.shape[1:])
     group.create_dataset(f"obs/{IMAGE_KEY}", data=images, chunks=chunk, compression="gzip", compression_opts=4)
 
@@ -493,21 +495,32 @@ class Dataset(Sequence[Episode]):
         Raises:
             DatasetError: the demo lacks images or proprioception, or its arrays disagree.
         """
-        demo = self.demos[index]
         if self.image_key is None:
             raise DatasetError(
                 f"{str(self.path)!r} has no camera images (observations: {sorted(self.obs_shapes)}); "
                 f"render them from its states with: hma-gym data import {self.path}"
             )
+        return self._read(index, self.image_key)
+
+    def without_images(self, index: int) -> Episode:
+        """Episode ``index`` but its images (H = W = 0), which need not be there.
+
+        Raises:
+            DatasetError: the demo lacks proprioception, or its arrays disagree.
+        """
+        return self._read(index, None)
+
+    def _read(self, index: int, image_key: str | None) -> Episode:
+        demo = self.demos[index]
+        length = demo.length
+        images = np.zeros((length, 0, 0, 3), dtype=np.uint8)
         with _reading(demo) as group:
             arrays = _arrays(group)
             attrs = _attrs(group, with_model=True)
-            if self.image_key in group["obs"]:
-                arrays[f"obs/{self.image_key}"] = group["obs"][self.image_key][()]
-        length = demo.length
-        images = arrays.pop(f"obs/{self.image_key}", None)
-        if images is None:
-            raise DatasetError(f"{demo.where}: it has no {self.image_key!r}; other demos have it.")
+            if image_key is not None:
+                if image_key not in group["obs"]:
+                    raise DatasetError(f"{demo.where}: it has no {image_key!r}; other demos have it.")
+                images = group["obs"][image_key][()]
         obs = {key[4:]: value for key, value in arrays.items() if key.startswith("obs/")}
         agent_pos = _agent_pos(obs, demo)
         try:

@@ -21,6 +21,7 @@ action dims x stride, S tokens of a frame, C channels, M pictures.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, waves
+from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ROTATION, ManipulationCoast, RobotCoast, waves
 from hma_gym.dynamics.look import Look
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
@@ -39,6 +40,16 @@ from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of
 
 #: Scale (m) of the place of an object in the hand, as ``look`` is told it.
 IN_HAND = 0.1
+
+#: Dims of agent_pos after the hand's pose.
+FINGERS = slice(7, None)
+
+#: How far a reading moves the belief: by this share of its distance.
+TRUST = 0.3
+
+#: An object so far (m) above where objects lie is held or falls, and is read only if a finger is so far (m) from where
+#: it was foretold.
+ALOFT, SURPRISE = 0.01, 0.001
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ class Body(nn.Module):
         if not self.target_dim:
             return targets
         with _full_precision(agent_pos.device):
-            hand = matrix_of_quaternion(agent_pos[..., 3:7])
+            hand = matrix_of_quaternion(agent_pos[..., ROTATION])
             place = (hand.mT @ (targets[..., PLACE] - agent_pos[..., PLACE])[..., None])[..., 0]
             turned = columns_of_matrix(hand.mT @ matrix_of_columns(targets[..., 3:]))
         where = torch.cat((self._standard_place(targets), (place / IN_HAND).clamp(-4.0, 4.0)), dim=-1)
@@ -197,6 +208,35 @@ class Body(nn.Module):
         if believed is None:
             return mean[PLACE] + said[..., PLACE] * std[PLACE], said[..., 3:]
         return believed[..., PLACE] + said[..., PLACE] * std[PLACE], said[..., 3:]
+
+    def observed(self, pose: Pose, action: Tensor, given: Tensor, tokens: Tensor, agent_pos: Tensor) -> Pose:
+        """The pose after an action whose real frame and agent_pos are known; where the object is, they tell only in
+        part.
+
+        The body often knows better than a small frame shows: an object in the hand may be misread for as long as the
+        hand stays there. Such a one is read only once the fingers do what the body did not foretell.
+
+        Args:
+            pose: before; leading dims (B,).
+            action: (B, A), normalised; ``given`` (B,) bool hides it where False.
+            tokens: of the real frame, (B, S, C); agent_pos: (B, P), own units.
+        """
+        foretold, believed = self.coasted(pose, action, given)
+        if not self.target_dim:
+            return pose.after(agent_pos, believed, action, given)
+        along = _taken_along(pose, foretold, believed, agent_pos)
+        believed = believed + F.pad(along, (0, believed.shape[-1] - along.shape[-1]))
+        after = pose.after(agent_pos, believed, action, given)  # that it was believed elsewhere is no motion
+        surprised = ((agent_pos - foretold)[..., FINGERS].abs() > SURPRISE).any(dim=-1, keepdim=True)
+        told = self.sighted(tokens, agent_pos, believed) - believed
+        share = TRUST * (surprised | ~self._aloft(believed))
+        return dataclasses.replace(after, targets=believed + share * told)
+
+    def _aloft(self, targets: Tensor) -> Tensor:
+        """(..., 1) bool; False for a body that does not know where objects lie."""
+        assert isinstance(self.coast, ManipulationCoast)
+        floor = self.coast.get_buffer("floor")
+        return (targets[..., 2:3] > floor + ALOFT) & floor.isfinite()
 
     def set_token_statistics(self, mean_SC: Tensor, std_SC: Tensor) -> None:
         """Mean and standard deviation of the tokens over the training frames, from which ``look`` starts."""
@@ -277,6 +317,13 @@ class Body(nn.Module):
         wrong = (place - places[:, :3]) / self.get_buffer("object_step")[PLACE]
         loss = _pseudo_huber(wrong, 1.0).mean() + _pseudo_huber(turn - torch.stack((yaw.cos(), yaw.sin()), -1)).mean()
         return loss
+
+
+def _taken_along(pose: Pose, foretold: Tensor, believed: Tensor, agent_pos: Tensor) -> Tensor:
+    """(..., 3): an object that goes with the hand is where the hand went, not where that was foretold to go."""
+    hand, thing = (foretold - pose.agent_pos)[..., PLACE], (believed - pose.targets)[..., PLACE]
+    moved, stayed_behind = thing.norm(dim=-1, keepdim=True), (thing - hand).norm(dim=-1, keepdim=True)
+    return moved / (moved + stayed_behind + 1e-4) * (agent_pos - foretold)[..., PLACE]
 
 
 class ResidualLayer(nn.Module):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hma_gym.domains import Domain
 from hma_gym.dynamics.pose import Pose
@@ -25,6 +26,9 @@ from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of
 
 #: Dims of an object's pose: its position comes first.
 OBJECT_DIM, PLACE = 9, slice(0, 3)
+
+#: The hand's rotation in agent_pos, a quaternion xyzw.
+ROTATION = slice(3, 7)
 
 #: Scales (m) on which the hand sees the object: grasps are decided by millimetres.
 REACH, NEAR = 0.3, 0.04
@@ -105,12 +109,20 @@ class RobotCoast(nn.Module):
         return (agent_pos - self.get_buffer("state_mean")) / self.get_buffer("state_std")
 
     def _past(self, pose: Pose, action: Tensor, given: Tensor) -> Tensor:
-        motions = torch.where(pose.known[..., None], pose.motions / self.get_buffer("delta_std"), 0.0)
+        motions = torch.where(pose.known[..., None], self._motions(pose) / self.get_buffer("delta_std"), 0.0)
         acted = torch.cat((given[..., None], pose.acted), dim=-1)
         actions = torch.cat((action[..., None, :], pose.actions), dim=-2)
         seen = (motions.flatten(-2), pose.known.float())
         done = (torch.where(acted[..., None], actions, 0.0).flatten(-2), acted.float())
         return torch.cat((*seen, *done), dim=-1)
+
+    def _motions(self, pose: Pose) -> Tensor:
+        """The last changes of agent_pos (..., K, P), own units."""
+        return pose.motions
+
+    def _settled(self, agent_pos: Tensor, within: Bounds) -> Tensor:
+        """agent_pos (..., P) as foretold -> as it can be."""
+        return within(agent_pos)
 
     def _moved(
         self, pose: Pose, action: Tensor, given: Tensor, within: Bounds, extra: Sequence[Tensor]
@@ -121,7 +133,9 @@ class RobotCoast(nn.Module):
             torch.cat((waves(self.standard(pose.agent_pos), self.octaves), past, *extra), dim=-1)
         )
         change = said[..., : self.state_dim] + self.inertia(past)
-        return within(pose.agent_pos + change * self.get_buffer("delta_std")), said[..., self.state_dim :]
+        return self._settled(pose.agent_pos + change * self.get_buffer("delta_std"), within), said[
+            ..., self.state_dim :
+        ]
 
     def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
         """The next agent_pos (..., P) and targets (..., X), own units; X = 0 here.
@@ -157,6 +171,21 @@ class ManipulationCoast(RobotCoast):
         self.register_buffer("height", torch.tensor(domain.target_mean[2]), persistent=False)
         self.register_buffer("height_std", torch.tensor(max(domain.target_std[2], 1e-3)), persistent=False)
 
+    def _motions(self, pose: Pose) -> Tensor:
+        """A quaternion that was replaced by its negative is the same rotation: that change is no motion."""
+        turned = pose.motions[..., ROTATION]
+        still = torch.where(turned.norm(dim=-1, keepdim=True) > 1.0, 0.0, turned)
+        return torch.cat((pose.motions[..., PLACE], still, pose.motions[..., 7:]), dim=-1)
+
+    def _settled(self, agent_pos: Tensor, within: Bounds) -> Tensor:
+        """With a unit quaternion, of the two that are the same rotation the one that lies in bounds."""
+        unit = F.normalize(agent_pos[..., ROTATION], dim=-1)
+        found, other = (
+            torch.cat((agent_pos[..., PLACE], sign * unit, agent_pos[..., 7:]), dim=-1) for sign in (1.0, -1.0)
+        )
+        out, other_out = ((within(pose) - pose).norm(dim=-1, keepdim=True) for pose in (found, other))
+        return within(torch.where(other_out < out, other, found))
+
     def set_floor(self, height: float) -> None:
         """Below which no object falls: the height (m) of the position of one that lies, in the training data."""
         self.get_buffer("floor").fill_(height)
@@ -189,14 +218,14 @@ class ManipulationCoast(RobotCoast):
 
     def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
         """See :class:`RobotCoast`; X = 9."""
-        hand = matrix_of_quaternion(pose.agent_pos[..., 3:7])
+        hand = matrix_of_quaternion(pose.agent_pos[..., ROTATION])
         thing = matrix_of_columns(pose.targets[..., 3:])
         place = (hand.mT @ (pose.targets[..., PLACE] - pose.agent_pos[..., PLACE])[..., None])[..., 0]
         seen = self._seen(pose, hand, columns_of_matrix(hand.mT @ thing), place)
         agent_pos, said = self._moved(pose, action, given, within, seen)
         stays, held, falls = said[..., OBJECT_DIM:].softmax(dim=-1).split(1, dim=-1)
         added = said[..., :OBJECT_DIM] * self.get_buffer("object_step")
-        next_hand = matrix_of_quaternion(agent_pos[..., 3:7])
+        next_hand = matrix_of_quaternion(agent_pos[..., ROTATION])
         carried = torch.cat(
             (
                 agent_pos[..., PLACE] + (next_hand @ place[..., None])[..., 0],

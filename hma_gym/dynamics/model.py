@@ -842,7 +842,7 @@ class Dynamics(nn.Module):
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP.float(),
-            targets_BO=self._sighted(tokens, agent_pos_BP.float(), None, domain_B),
+            targets_BO=self._sighted(tokens, agent_pos_BP.float(), domain_B),
             motions_BKP=torch.zeros(B, history, self.state_size, device=device),
             target_motions_BKO=torch.zeros(B, history, self.object_size, device=device),
             actions_BKA=torch.zeros(B, history, self.action_size, device=device),
@@ -886,26 +886,40 @@ class Dynamics(nn.Module):
     def observe(
         self, state: RolloutState, action_BA: Tensor, tokens: Tensor, agent_pos_BP: Tensor | None
     ) -> RolloutState:
-        """As :meth:`step`, but the new frame is given (real), not generated: gives a rollout more context."""
+        """As :meth:`step`, but the new frame is given (real), not generated: gives a rollout more context.
+
+        Where the object is, a frame tells only in part, see :meth:`hma_gym.dynamics.body.Body.observed`.
+        """
         given_B = torch.ones(len(state), dtype=torch.bool, device=state.step_B.device)
-        before = state.agent_pos_BP
-        state, _ = self._step(state, self._normal(state, action_BA), given_B, False, tokens)
+        action_BA, before = self._normal(state, action_BA), self._rollout_pose(state).rows((slice(None), 0))
+        state, _ = self._step(state, action_BA, given_B, False, tokens)
         if agent_pos_BP is None:
             return state
-        agent_pos_BP, motions_BKP = agent_pos_BP.float(), state.motions_BKP.clone()
-        motions_BKP[:, 0] = agent_pos_BP - before
-        # What is seen corrects where the object is believed to be; that it was believed elsewhere is no motion.
-        targets_BO = self._sighted(tokens, agent_pos_BP, state.targets_BO, state.domain_B)
-        return dataclasses.replace(state, agent_pos_BP=agent_pos_BP, motions_BKP=motions_BKP, targets_BO=targets_BO)
+        agent_pos_BP, targets_BO = agent_pos_BP.float(), state.targets_BO.clone()
+        motions_BKP, target_motions_BKO = state.motions_BKP.clone(), state.target_motions_BKO.clone()
+        motions_BKP[:, 0] = agent_pos_BP - before.agent_pos
+        for adapter, rows in self._groups(state.domain_B):
+            body, P, A = adapter.body, adapter.domain.state_dim, adapter.action_size
+            if body.target_dim:
+                own = before.rows(rows).narrowed(P, body.target_dim, A)
+                seen = body.observed(own, action_BA[rows, :A], given_B[rows], tokens[rows], agent_pos_BP[rows, :P])
+                targets_BO[rows, : body.target_dim] = seen.targets
+                target_motions_BKO[rows, :, : body.target_dim] = seen.target_motions
+        return dataclasses.replace(
+            state,
+            agent_pos_BP=agent_pos_BP,
+            targets_BO=targets_BO,
+            motions_BKP=motions_BKP,
+            target_motions_BKO=target_motions_BKO,
+        )
 
-    def _sighted(self, tokens: Tensor, agent_pos_BP: Tensor, believed_BO: Tensor | None, domain_B: Tensor) -> Tensor:
-        """The objects' poses read off frames, (B, O); see :meth:`hma_gym.dynamics.body.Body.sighted`."""
+    def _sighted(self, tokens: Tensor, agent_pos_BP: Tensor, domain_B: Tensor) -> Tensor:
+        """The objects' poses read off first frames, (B, O); see :meth:`hma_gym.dynamics.body.Body.sighted`."""
         result = agent_pos_BP.new_zeros(len(tokens), self.object_size)
         for adapter, rows in self._groups(domain_B):
             size = adapter.body.target_dim
             if size:
-                own = None if believed_BO is None else believed_BO[rows, :size]
-                seen = adapter.body.sighted(tokens[rows], agent_pos_BP[rows, : adapter.domain.state_dim], own)
+                seen = adapter.body.sighted(tokens[rows], agent_pos_BP[rows, : adapter.domain.state_dim], None)
                 result[rows, :size] = seen
         return result
 

@@ -4,16 +4,14 @@ A model whose domain has an object foretells hand and object with a network so s
 :mod:`hma_gym.dynamics.body`). Plans that are judged by poses need no more. A frame is drawn when it is asked for, and
 shows what the body knows: the robot, the object and what stands still.
 
-Each real frame is encoded, and the object's place is read off its tokens, so that a plan begins from what is. But the
-body often knows better: of an object in the hand a small frame shows little, and what it shows may be misread for as
-long as the hand stays there. Such a one is read only once the fingers do what the body did not foretell.
+Each real frame is encoded, and the object's place is read off its tokens, so that a plan begins from what is (see
+:meth:`hma_gym.dynamics.body.Body.observed`).
 
 Shape legend: N environments, B rows, K copies, A action dims, P agent_pos dims, X dims of the object's pose.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,25 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from hma_gym.dynamics.checkpoint import Checkpoint
-from hma_gym.dynamics.coast import PLACE, ManipulationCoast
 from hma_gym.dynamics.pose import Pose, first_pose, mixed_rows
 from hma_gym.errors import CheckpointError
 from hma_gym.policies.mpc.domain import PlanningDomain
 from hma_gym.policies.mpc.protocol import Imagined
 from hma_gym.policies.protocol import Observation
-
-#: Dims of agent_pos after the hand's pose.
-FINGERS = slice(7, None)
-
-#: How far a reading moves the belief: by this share of its distance.
-TRUST = 0.3
-
-#: An object so far (m) above where objects lie is held or falls, and is read only if a finger is so far (m) from where
-#: it was foretold.
-ALOFT, SURPRISE = 0.01, 0.001
 
 
 class BodyDynamics(PlanningDomain):
@@ -84,14 +70,7 @@ class BodyDynamics(PlanningDomain):
             torch.from_numpy(np.array(actions_NA, dtype=np.float32)).to(self.device)
         )
         given = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
-        foretold, believed = self._body.coasted(state, action, given)
-        along = self._taken_along(state, foretold, believed, agent_pos)
-        believed = believed + F.pad(along, (0, believed.shape[1] - along.shape[1]))
-        after = state.after(agent_pos, believed, action, given)  # that it was believed elsewhere is no motion
-        surprised = ((agent_pos - foretold)[:, FINGERS].abs() > SURPRISE).any(dim=1, keepdim=True)
-        told = self._body.sighted(tokens, agent_pos, believed) - believed
-        share = TRUST * (surprised | ~self._aloft(believed))
-        after = dataclasses.replace(after, targets=believed + share * told)
+        after = self._body.observed(state, action, given, tokens, agent_pos)
         if fresh_N.any():
             after = mixed_rows(torch.from_numpy(fresh_N).to(self.device), self.start(observation), after)
         return after
@@ -127,19 +106,6 @@ class BodyDynamics(PlanningDomain):
         nothing = agent_pos.new_zeros(len(action), 0)
         imagined = Imagined(show, agent_pos, nothing, targets, torch.zeros(len(action), device=self.device))
         return state.after(agent_pos, targets, action, given), imagined
-
-    def _taken_along(self, state: Pose, foretold: Tensor, believed: Tensor, agent_pos: Tensor) -> Tensor:
-        """(N, 3): an object that goes with the hand is where the hand went, not where that was foretold to go."""
-        hand, thing = (foretold - state.agent_pos)[:, PLACE], (believed - state.targets)[:, PLACE]
-        moved, stayed_behind = thing.norm(dim=-1, keepdim=True), (thing - hand).norm(dim=-1, keepdim=True)
-        return moved / (moved + stayed_behind + 1e-4) * (agent_pos - foretold)[:, PLACE]
-
-    def _aloft(self, targets: Tensor) -> Tensor:
-        """(N, 1) bool; False for a body that does not know where objects lie."""
-        coast = self._body.coast
-        assert isinstance(coast, ManipulationCoast)
-        floor = coast.get_buffer("floor")
-        return (targets[:, 2:3] > floor + ALOFT) & floor.isfinite()
 
     def _frame(self, observation: Observation) -> tuple[Tensor, Tensor]:
         tokens, agent_pos = self.read(observation)

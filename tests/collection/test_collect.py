@@ -61,12 +61,34 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_mixture_holds_every_mode_and_failures_prevail_over_experts() -> None:
     policies = [draw_policy(CollectConfig(Path("unused")), index) for index in range(1200)]
     modes = [policy.mode for policy in policies]
-    assert set(modes) == set(MODES)
+    assert set(modes) == set(MODES) - {"roam"}
     weights = sum(part.weight for part in DEFAULT_MIXTURE if part.mode == "expert")
     assert modes.count("expert") / 1200 == pytest.approx(weights / sum(p.weight for p in DEFAULT_MIXTURE), abs=0.05)
     competences = np.array([policy.competence for policy in policies if policy.mode == "expert"])
     assert (competences == 1.0).mean() == pytest.approx(0.10 / 0.39, abs=0.06)
     assert competences.min() < 0.35
+
+
+def test_a_share_of_the_episodes_roams() -> None:
+    some = CollectConfig(Path("unused"), roam=0.25)
+    modes = [draw_policy(some, index).mode for index in range(800)]
+    assert modes.count("roam") / 800 == pytest.approx(0.25, abs=0.05) and set(modes) == set(MODES)
+    assert {draw_policy(dataclasses.replace(some, roam=1.0), index).mode for index in range(50)} == {"roam"}
+
+
+@pytest.mark.gl
+def test_without_images_the_same_happens_and_the_file_is_a_low_dim_one(recorded: Path, tmp_path: Path) -> None:
+    blind = collect(config(tmp_path / "low_dim.hdf5", images=False), progress=False)
+    seen, unseen = content(recorded), content(blind)
+    images = {key for key in seen if "agentview_image" in key}
+    told = "data@hma_gym"  # what was asked for differs
+    assert len(images) == EPISODES
+    assert {key: value for key, value in seen.items() if key not in images | {told}} == {
+        key: value for key, value in unseen.items() if key != told
+    }
+    dataset = open_dataset(blind)
+    assert dataset.image_key is None and dataset.without_images(0).images_THWC.shape == (STEPS, 0, 0, 3)
+    np.testing.assert_array_equal(dataset.without_images(1).actions_TA, open_dataset(recorded)[1].actions_TA)
 
 
 @pytest.mark.gl
@@ -103,6 +125,15 @@ def test_the_environment_gives_the_recorded_episode_again(recorded: Path) -> Non
     again = record_episode(env.simulation, config(recorded), scripted_player(config(recorded), 1), 1)
     np.testing.assert_array_equal(again.images_THWC, episode.images_THWC)
     env.close()
+
+
+def test_policies_need_images_and_do_not_roam() -> None:
+    with pytest.raises(InvalidArgument, match="images must be True with policies"):
+        CollectConfig(Path("unused"), policies=("a=b",), images=False)
+    with pytest.raises(InvalidArgument, match=r"roam must lie in \[0, 1\] and is for scripts only, got 0.1 with 1"):
+        CollectConfig(Path("unused"), policies=("a=b",), roam=0.1)
+    with pytest.raises(InvalidArgument, match=r"roam must lie in \[0, 1\].*got 1.5"):
+        CollectConfig(Path("unused"), roam=1.5)
 
 
 def test_noise_is_for_policies() -> None:

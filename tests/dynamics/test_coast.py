@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from torch import Tensor
 from toy_dynamics import handling
 from toy_object import OWN, TOKENS, drawn, handled
 
 from hma_gym.dynamics.body import Body, BodyConfig
 from hma_gym.dynamics.coast import OBJECT_STEP, ManipulationCoast
 from hma_gym.dynamics.pose import Pose, first_pose
+from hma_gym.nn.rotations import matrix_of_quaternion
 from hma_gym.training import Optimizer, OptimizerConfig
 
 #: What an object does: bias of the network's last three numbers.
@@ -57,8 +59,33 @@ def test_untrained_everything_stays_where_it_is() -> None:
     coast, before = _coast(), _start(8)
     coast.set_floor(1.0)  # on which all lie
     after = _coasted(coast, before, 200)
-    assert torch.equal(after.agent_pos, before.agent_pos)
+    torch.testing.assert_close(after.agent_pos, before.agent_pos, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(after.targets, before.targets, rtol=0.0, atol=1e-5)
+
+
+def test_a_quaternion_that_leaves_what_was_seen_is_replaced_by_its_negative() -> None:
+    """Data in which x is never negative: the hand turns on beyond x = 0 as the same rotation, and nothing jumps."""
+    coast, given = _coast(), torch.ones(1, dtype=torch.bool)
+    coast.inertia.bias[3:7] = torch.tensor([-0.01, 0.0, 0.0, 0.0]) / coast.get_buffer("delta_std")[3:7]
+
+    def within(agent_pos: Tensor) -> Tensor:
+        return torch.cat((agent_pos[..., :3], agent_pos[..., 3:4].clamp(min=0.0), agent_pos[..., 4:]), dim=-1)
+
+    quaternion = torch.nn.functional.normalize(torch.tensor([0.025, 0.6, -0.5, 0.3]), dim=0)
+    before = _start(1)
+    pose = dataclasses.replace(
+        before, agent_pos=torch.cat((before.agent_pos[:, :3], quaternion[None], before.agent_pos[:, 7:]), 1)
+    )
+    turned = []
+    for _ in range(3):
+        action = torch.zeros(1, 4)
+        pose = pose.after(*coast(pose, action, given, within), action, given)
+        turned.append(pose.agent_pos[0, 3:7])
+    assert all(q[0] >= 0 and abs(float(q.norm()) - 1) < 1e-5 for q in turned)
+    matrices = matrix_of_quaternion(torch.stack([quaternion, *turned]))
+    assert float((matrices[1:] - matrices[:-1]).abs().max()) < 0.05
+    assert float(turned[-1][1]) < 0 < float(turned[0][1])
+    assert float(coast._motions(pose)[0, :, 3:7].abs().max()) < 0.05 < float(pose.motions[0, :, 3:7].abs().max())
 
 
 def test_an_object_that_stays_does_so_whatever_the_hand_does() -> None:

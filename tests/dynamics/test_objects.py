@@ -80,12 +80,19 @@ def test_what_is_observed_corrects_the_place_and_is_no_motion(conditioning: str)
     state, rows = begin(dynamics, clip), torch.tensor([1, 3])
     action, tokens = clip["actions"][:, 0], clip["tokens"][:, 1]
     believed = dynamics.observe(state, action, tokens, None)  # as foretold
-    real = dynamics.observe(state, action, tokens, clip["agent_pos"][:, 1])
-    seen = dynamics.adapter(1).body.sighted(tokens[rows], clip["agent_pos"][rows, 1], believed.targets_BO[rows])
-    torch.testing.assert_close(real.targets_BO[rows], seen)
+    agent_pos = clip["agent_pos"][:, 1]
+    real = dynamics.observe(state, action, tokens, agent_pos)
+    adapter, given = dynamics.adapter(1), torch.ones(2, dtype=torch.bool)
+    before = dynamics._rollout_pose(state).rows((rows, 0)).narrowed(9, 9, adapter.action_size)
+    normal = dynamics.normalise_actions(action[:, None], state.domain_B)[rows, 0, : adapter.action_size]
+    seen = adapter.body.observed(before, normal, given, tokens[rows], agent_pos[rows])
+    torch.testing.assert_close(real.targets_BO[rows], seen.targets)
     assert not torch.allclose(real.targets_BO[rows, :3], believed.targets_BO[rows, :3], atol=1e-4)
-    assert torch.equal(real.targets_BO[rows, 3:], believed.targets_BO[rows, 3:])
-    assert torch.equal(real.target_motions_BKO, believed.target_motions_BKO)
+    torch.testing.assert_close(real.targets_BO[rows, 3:], believed.targets_BO[rows, 3:])
+    torch.testing.assert_close(real.target_motions_BKO[rows], seen.target_motions)
+    far = (real.targets_BO - state.targets_BO)[rows, :3] - real.target_motions_BKO[rows, 0, :3]
+    assert far.norm(dim=-1).min() > 1e-4  # what the picture corrected did not move
+    torch.testing.assert_close(real.motions_BKP[:, 0], agent_pos - state.agent_pos_BP)
     assert not real.targets_BO[[0, 2]].any()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from toy_checkpoint import toy_checkpoint, toy_domain
 from toy_dynamics import same
 
+from hma_gym.dynamics.body import TRUST
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hma_gym.dynamics.pose import Pose
 from hma_gym.envs.vector import HMAVectorEnv
@@ -38,7 +39,6 @@ from hma_gym.policies.mpc import (
     first_plan,
     imagine,
 )
-from hma_gym.policies.mpc.body import TRUST
 from hma_gym.policies.mpc.loading import BODY_SEARCH
 from hma_gym.policies.mpc.noise import coloured_noise
 from hma_gym.policies.mpc.policy import plan_values

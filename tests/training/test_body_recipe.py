@@ -76,7 +76,7 @@ def _dynamics(cache: TokenCache, stride: int = 1, turns: int = 0) -> Dynamics:
 @pytest.mark.parametrize(("stride", "step"), [(1, 0), (1, 6), (3, 0), (3, 6)])
 def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int, step: int) -> None:
     cache = _cache()
-    batches = BodyBatches(cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0)
+    batches = BodyBatches(cache, cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0)
     batch = batches.batch(step)
     label = batch["agent_pos"][..., 1].numpy().astype(int)
     assert (np.diff(label, axis=1) == stride).all() and (label // ROWS == label[:, :1] // ROWS).all()
@@ -96,7 +96,7 @@ def test_windows_follow_their_episode_and_say_where_they_are_at_rest(stride: int
 
 def test_windows_are_short_then_grow_and_are_a_function_of_the_step() -> None:
     cache = _cache()
-    batches = BodyBatches(cache, _dynamics(cache).adapter(0).body, 4, 2, steps=300, seed=0)
+    batches = BodyBatches(cache, cache, _dynamics(cache).adapter(0).body, 4, 2, steps=300, seed=0)
     lengths = [batches.transitions(step) for step in range(300)]
     assert lengths[:180] == [6] * 180 and lengths[180] == 4  # 3 of these 6 are shown
     assert lengths[260:] == [ROWS - 1] * 40 and lengths[180:] == sorted(lengths[180:])
@@ -108,11 +108,11 @@ def test_windows_are_short_then_grow_and_are_a_function_of_the_step() -> None:
 def test_windows_of_the_object_are_those_of_the_hand(stride: int, step: int) -> None:
     cache = _handling_cache()
     body = _dynamics(cache, stride, turns=4).adapter(0).body
-    batch = BodyBatches(cache, body, 40, 5, steps=10, seed=0).batch(step)
+    batch = BodyBatches(cache, cache, body, 40, 5, steps=10, seed=0).batch(step)
     assert batch["targets"].shape == (*batch["agent_pos"].shape[:2], 9)
     assert torch.equal(batch["targets"][..., 2], batch["agent_pos"][..., 1])  # both say the row
     assert torch.equal(batch["places"][:, 2], batch["poses"][:, 1])
-    without = BodyBatches(cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0).batch(step)
+    without = BodyBatches(cache, cache, _dynamics(cache, stride).adapter(0).body, 40, 5, steps=10, seed=0).batch(step)
     assert without["targets"].shape[-1] == without["places"].shape[-1] == 0
     assert torch.equal(without["agent_pos"], batch["agent_pos"])  # nothing is near: nowhere to look more often
 
@@ -122,7 +122,7 @@ def test_many_short_windows_are_where_the_hand_is_at_the_object(stride: int, nea
     cache = _handling_cache(near, rows=ROWS * stride)
     body = _dynamics(cache, stride, turns=4).adapter(0).body
     warm = body.config.history
-    batches = BodyBatches(cache, body, 40, 5, steps=10, seed=0)
+    batches = BodyBatches(cache, cache, body, 40, 5, steps=10, seed=0)
     batch = batches.batch(0)
     away = (batch["agent_pos"] - batch["targets"])[..., :3].norm(dim=-1)
     label = batch["agent_pos"][..., 1].numpy().astype(int)
@@ -139,7 +139,7 @@ def test_many_short_windows_are_where_the_hand_is_at_the_object(stride: int, nea
 def test_validation_tells_how_well_the_object_is_foretold_and_seen() -> None:
     cache = _handling_cache()
     body = _dynamics(cache, turns=4).adapter(0).body
-    batches = BodyBatches(cache, body, 12, 6, steps=10, seed=0, split="valid")
+    batches = BodyBatches(cache, cache, body, 12, 6, steps=10, seed=0, split="valid")
     torch.manual_seed(0)
     for parameter in body.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
@@ -156,13 +156,13 @@ def test_validation_tells_how_well_the_object_is_foretold_and_seen() -> None:
     plain = _cache()
     body = _dynamics(plain).adapter(0).body
     with torch.no_grad():
-        scores = BodyValidation(BodyBatches(plain, body, 12, 6, steps=10, seed=0))(body, 10)
+        scores = BodyValidation(BodyBatches(plain, plain, body, 12, 6, steps=10, seed=0))(body, 10)
     assert not {"valid_object", "valid_sight"} & scores.keys()
 
 
 def test_first_frames_are_shown_more_often_for_a_rollout_begins_with_one() -> None:
     cache = _handling_cache()
-    batch = BodyBatches(cache, _dynamics(cache, turns=4).adapter(0).body, 4, 400, steps=10, seed=0).batch(0)
+    batch = BodyBatches(cache, cache, _dynamics(cache, turns=4).adapter(0).body, 4, 400, steps=10, seed=0).batch(0)
     label = batch["poses"][:, 1].numpy().astype(int)
     share = float((label % ROWS == 0).mean())
     assert AT_START < share < AT_START + 0.12  # and 1 of 20 by chance
@@ -183,11 +183,27 @@ def test_a_body_with_an_object_is_trained_and_scored(tmp_path: Path) -> None:
         assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(part)), part
 
 
+def test_episodes_without_pictures_teach_how_things_move_and_only_that(tmp_path: Path) -> None:
+    cache = _handling_cache()
+    more = dataclasses.replace(cache.without_tokens(), agent_pos_FP=cache.agent_pos_FP + np.float32(1000.0))
+    motions = join_caches([cache.without_tokens(), more])
+    dynamics = _dynamics(cache, turns=4)
+    body = dynamics.adapter(0).body
+    batch = BodyBatches(motions, cache, body, 200, 400, steps=10, seed=0).batch(0)
+    share = float((batch["agent_pos"][..., 0] > 900).float().mean())
+    assert 0.2 < share < 0.8
+    label = batch["poses"][:, 1].numpy().astype(int)
+    assert label.max() < len(cache.tokens)
+    np.testing.assert_array_equal(batch["tokens"].numpy(), cache.tokens[label].astype(np.float32))
+    result = train_bodies(dynamics, [cache], tmp_path, 4, motions=[motions], windows=4, frames=8)[-1]
+    assert result.finished and float(body.get_buffer("pose_high")[0]) > 900
+
+
 def test_episodes_shorter_than_a_stride_are_refused() -> None:
     cache = _cache(rows=4)
     body = _dynamics(_cache(), stride=5).adapter(0).body
     with pytest.raises(DatasetError, match="longer than its stride of 5"):
-        BodyBatches(cache, body, 4, 2, steps=10, seed=0)
+        BodyBatches(cache, cache, body, 4, 2, steps=10, seed=0)
 
 
 def test_training_improves_resumes_where_it_stopped_and_is_not_repeated(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hma_gym.judges.feature import FeatureConfig, FeatureJudge, save_feature_jud
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
 from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.training import saved_weights
+from hma_gym.training.recipes.body import train_bodies
 from hma_gym.training.recipes.dynamics import DynamicsOptions, OpenLoopValidation, train_dynamics
 
 SIZE, ROWS = 32, 14
@@ -127,6 +128,32 @@ def test_interrupted_at_five_steps_equals_uninterrupted(
     assert _equal_weights(out, whole)
     ours, theirs = (load_file(run / "checkpoint" / "dynamics.safetensors") for run in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_file_without_images_teaches_the_body_alone(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = EpisodeWriter(tmp_path / "blind.hdf5", env_args={}, info={})
+    for index in range(5):
+        episode = _episode(index + 100, 2, 2)
+        writer.write(index, dataclasses.replace(episode, images_THWC=np.zeros((ROWS, 0, 0, 3), np.uint8)))
+    data = (writer.merge(), material / "small.hdf5")  # in any order
+    seen: dict[str, Any] = {}
+
+    def watched(model: Any, caches: Any, out: Path, steps: int, **options: Any) -> Any:
+        seen.update(caches=caches, motions=options["motions"])
+        return train_bodies(model, caches, out, steps, **options)
+
+    monkeypatch.setattr("hma_gym.training.recipes.dynamics.train_bodies", watched)
+    options = _options(material, tmp_path / "run", data=data, names=("a", "a"), steps=2)
+    assert train_dynamics(options).finished
+    (cache,), (motions,) = seen["caches"], seen["motions"]
+    assert len(cache) == 12 and len(motions) == 17 and motions.tokens.shape == (17 * ROWS, 0)
+    np.testing.assert_array_equal(motions.actions_FA[12 * ROWS :][:ROWS], _episode(100, 2, 2).actions_TA)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert checkpoint.provenance["episodes"] == [17] and checkpoint.starts.frames_NHWC.shape[1:] == (SIZE, SIZE, 3)
+    with pytest.raises(DatasetError, match="data of domain 'a' must have one file with images"):
+        train_dynamics(dataclasses.replace(options, out=tmp_path / "other", data=data[:1], names=("a",)))
 
 
 def test_files_of_one_name_are_one_domain(material: Path, tmp_path: Path) -> None:

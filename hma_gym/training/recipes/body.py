@@ -52,7 +52,8 @@ class BodyBatches:
     """Windows for ``coast``, many short ones and then longer and longer ones, and single frames for ``look``.
 
     Args:
-        cache: of the domain.
+        motions: of the domain; windows are taken from it.
+        cache: of the domain; frames with their tokens are taken from it.
         body: whose domain's statistics and stride are used.
         windows, frames: B (of the second stage) and M.
         steps: length of the training, which sets the pace of the curriculum.
@@ -64,13 +65,21 @@ class BodyBatches:
     """
 
     def __init__(
-        self, cache: TokenCache, body: Body, windows: int, frames: int, steps: int, seed: int, split: str = "train"
+        self,
+        motions: TokenCache,
+        cache: TokenCache,
+        body: Body,
+        windows: int,
+        frames: int,
+        steps: int,
+        seed: int,
+        split: str = "train",
     ) -> None:
-        self.cache, self.body = cache, body
+        self.motions, self.cache, self.body = motions, cache, body
         self.windows, self.frames, self.steps, self.seed = windows, frames, steps, seed
         stride = body.domain.stride
-        episodes = cache.episodes(split)
-        rows = [cache.rows(int(n)) for n in episodes]
+        episodes = motions.episodes(split)
+        rows = [motions.rows(int(n)) for n in episodes]
         self.room = np.array([(r.stop - r.start - 1) // stride for r in rows], dtype=np.int64)
         self.starts = np.array([r.start for r in rows], dtype=np.int64)
         if not len(rows) or self.room.max() < 1:
@@ -78,7 +87,9 @@ class BodyBatches:
                 f"no {split} episode of domain {body.domain.name!r} is longer than its stride of {stride} steps; "
                 "record longer episodes."
             )
-        self.rows_F = np.concatenate([np.arange(r.start, r.stop) for r in rows])
+        shown = [cache.rows(int(n)) for n in cache.episodes(split)]
+        self.frames_F = np.concatenate([np.arange(r.start, r.stop) for r in shown])
+        self.first_frames = np.array([r.start for r in shown], dtype=np.int64)
         self.busy_K2 = self._busy(episodes) if body.target_dim else np.zeros((0, 2), np.int64)
         self.longest = int(min(LONGEST, np.quantile(self.room[self.room > 0], 0.2)))
 
@@ -86,8 +97,8 @@ class BodyBatches:
         """Where short windows may begin with the hand at the object: (position among the episodes, offset)."""
         found = []
         for position, n in enumerate(episodes):
-            rows = self.cache.rows(int(n))
-            hand, thing = self.cache.agent_pos_FP[rows, :3], self.cache.targets_FX[rows, :3]
+            rows = self.motions.rows(int(n))
+            hand, thing = self.motions.agent_pos_FP[rows, :3], self.motions.targets_FX[rows, :3]
             near = np.linalg.norm(hand - thing, axis=-1)[:: self.body.domain.stride] < NEARNESS
             warm = self.body.config.history
             offsets = np.flatnonzero(near[warm : max(len(near) - SHORT, warm)])
@@ -118,21 +129,21 @@ class BodyBatches:
         first_B = self.starts[chosen] + offset * stride
         states = first_B[:, None] + stride * np.arange(T + 1)
         moves = first_B[:, None, None] + stride * np.arange(T)[:, None] + np.arange(stride)
-        actions_BTA = self.cache.actions_FA[moves].reshape(windows, T, -1)
+        actions_BTA = self.motions.actions_FA[moves].reshape(windows, T, -1)
         mean, std = (
             np.tile(np.asarray(value, np.float32), stride) for value in (domain.action_mean, domain.action_std)
         )
         batch = {
-            "agent_pos": torch.from_numpy(self.cache.agent_pos_FP[states]),
-            "targets": torch.from_numpy(self.cache.targets_FX[states][..., : self.body.target_dim]),
+            "agent_pos": torch.from_numpy(self.motions.agent_pos_FP[states]),
+            "targets": torch.from_numpy(self.motions.targets_FX[states][..., : self.body.target_dim]),
             "actions": torch.from_numpy((actions_BTA - mean) / std),
             "at_rest": torch.from_numpy(offset == 0),
             "warm": torch.tensor(max(T - SHORT, 0) if short else 0),
         }
         if self.body.look is not None:
-            frames = rng.choice(self.rows_F, size=self.frames)
+            frames = rng.choice(self.frames_F, size=self.frames)
             first = int(AT_START * self.frames)
-            frames[:first] = rng.choice(self.starts, size=first)
+            frames[:first] = rng.choice(self.first_frames, size=first)
             batch["poses"] = torch.from_numpy(self.cache.agent_pos_FP[frames])
             batch["places"] = torch.from_numpy(self.cache.targets_FX[frames][..., : self.body.target_dim])
             batch["tokens"] = torch.from_numpy(self.cache.tokens[frames].astype(np.float32))
@@ -188,6 +199,7 @@ def train_bodies(
     out: Path,
     steps: int,
     *,
+    motions: list[TokenCache] | None = None,
     windows: int = 64,
     frames: int = 384,
     max_minutes: float | None = None,
@@ -196,22 +208,34 @@ def train_bodies(
 ) -> list[TrainResult]:
     """Train the body of each domain that has a state, in place, in ``<out>/body/<domain>``; resumes where it stopped.
 
+    Args:
+        model: its domains are those of the caches.
+        caches: frames and tokens of each domain.
+        out: folder of the run.
+        steps: length.
+        motions: of each domain, with or without tokens, for ``coast``; by default the caches.
+        windows, frames: see :class:`BodyBatches`.
+        max_minutes: stop, saved, before so many minutes are over.
+        device, seed: of the training.
+
     Returns:
         How each ended; the last one is unfinished where the session was interrupted.
     """
     results: list[TrainResult] = []
-    for index, cache in enumerate(caches):
+    for index, (cache, moved) in enumerate(zip(caches, motions or caches, strict=True)):
         body = model.adapter(index).body
         if body.coast is None:
             continue
         if body.look is not None:
             sample = torch.from_numpy(cache.tokens[:: max(len(cache.tokens) // 20_000, 1)].astype(np.float32))
             body.set_token_statistics(sample.mean(dim=0), sample.std(dim=0).clamp(min=0.02))
-        seen_FP = np.concatenate([cache.agent_pos_FP[cache.rows(int(n))] for n in cache.episodes("train")])
+        seen_F = np.concatenate(
+            [np.arange(len(moved.agent_pos_FP))[moved.rows(int(n))] for n in moved.episodes("train")]
+        )
+        seen_FP = moved.agent_pos_FP[seen_F]
         body.set_pose_bounds(torch.from_numpy(seen_FP.min(axis=0)), torch.from_numpy(seen_FP.max(axis=0)))
         if body.target_dim:
-            heights = [cache.targets_FX[cache.rows(int(n)), 2] for n in cache.episodes("train")]
-            body.set_floor(float(np.quantile(np.concatenate(heights), LYING)))
+            body.set_floor(float(np.quantile(moved.targets_FX[seen_F, 2], LYING)))
         config = TrainConfig(
             out=out / "body" / body.domain.name,
             steps=steps,
@@ -226,9 +250,9 @@ def train_bodies(
             evaluation=Every(minutes=2.0),
             recipe={"body": dataclasses.asdict(body.config), "windows": windows, "frames": frames},
         )
-        batches = BodyBatches(cache, body, windows, frames, steps, seed)
-        split = "valid" if len(cache.episodes("valid")) else "train"
-        held_out = BodyBatches(cache, body, 4 * windows, 4 * frames, steps, seed + 1, split)
+        batches = BodyBatches(moved, cache, body, windows, frames, steps, seed)
+        split = "valid" if len(cache.episodes("valid")) and len(moved.episodes("valid")) else "train"
+        held_out = BodyBatches(moved, cache, body, 4 * windows, 4 * frames, steps, seed + 1, split)
         result = train(body, batches, config, evaluate=BodyValidation(held_out))
         body.load_state_dict({**body.state_dict(), **result.ema.state_dict(body)})
         results.append(result)

@@ -58,7 +58,8 @@ class DynamicsOptions:
     """Options of ``hma-gym train dynamics``; everything else is the recipe's.
 
     Attributes:
-        data: robomimic HDF5 files with images (or ``.parts`` folders).
+        data: robomimic HDF5 files (or ``.parts`` folders). Those without images teach the body alone how things move
+            (``hma-gym collect --no-images``); each domain needs one with images.
         tokenizer: folder of a trained tokenizer; its kind decides whether the model is soft or discrete.
         out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
         names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
@@ -376,22 +377,51 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
     return cache
 
 
-def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> tuple[dict[str, list[Dataset]], list[TokenCache]]:
-    """The files and the token cache of each domain, in the order in which the domains are first named."""
+@dataclass(frozen=True)
+class Gathered:
+    """The data of one domain.
+
+    Attributes:
+        datasets: its files, those with images first.
+        cache: of the episodes with images.
+        motions: of all episodes, without tokens; the cache itself where all have images.
+    """
+
+    datasets: tuple[Dataset, ...]
+    cache: TokenCache
+    motions: TokenCache
+
+
+def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> dict[str, Gathered]:
+    """The data of each domain, in the order in which the domains are first named."""
     names = options.names or tuple(path.name.split(".")[0] for path in options.data)
     if not options.names and len(set(names)) != len(names):
         raise InvalidArgument(
             f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of several."
         )
-    datasets: dict[str, list[Dataset]] = {}
-    parts: dict[str, list[TokenCache]] = {}
+    files: dict[str, list[Dataset]] = {}
     for path, name in zip(options.data, names, strict=True):
-        files = datasets.setdefault(name, [])
-        files.append(open_dataset(path))
-        stem = name if len(files) == 1 else f"{name}-{len(files)}"
-        cache = cached_tokens(files[-1], tokenizer, options.out / f"{stem}.tokens.h5", name)
-        parts.setdefault(name, []).append(cache)
-    return datasets, [join_caches(caches).turned_alike(options.object_turns) for caches in parts.values()]
+        files.setdefault(name, []).append(open_dataset(path))
+    return {name: _gather_domain(options, tokenizer, name, found) for name, found in files.items()}
+
+
+def _gather_domain(options: DynamicsOptions, tokenizer: Tokenizer, name: str, files: Sequence[Dataset]) -> Gathered:
+    shown = [dataset for dataset in files if dataset.image_key is not None]
+    unseen = [dataset for dataset in files if dataset.image_key is None]
+    if not shown:
+        raise DatasetError(
+            f"data of domain {name!r} must have one file with images, got {[str(d.path) for d in files]}; render them "
+            "with: hma-gym data import FILE."
+        )
+    caches = []
+    for n, dataset in enumerate(shown):
+        stem = name if n == 0 else f"{name}-{n + 1}"
+        caches.append(cached_tokens(dataset, tokenizer, options.out / f"{stem}.tokens.h5", name))
+    cache = join_caches(caches).turned_alike(options.object_turns)
+    if not unseen:
+        return Gathered(tuple(shown), cache, cache)
+    silent = [build_token_cache(dataset, None, domain=name).turned_alike(options.object_turns) for dataset in unseen]
+    return Gathered((*shown, *unseen), cache, join_caches([cache.without_tokens(), *silent]))
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -441,8 +471,8 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     """Encode, train, and write ``<out>/checkpoint``. Interrupted, it saves; called again, it goes on."""
     began = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
-    datasets, caches = gather(options, tokenizer)
-    names = tuple(datasets)
+    gathered = gather(options, tokenizer)
+    names, caches = tuple(gathered), [domain.cache for domain in gathered.values()]
     height, width = tokenizer.image_size
     domain_file = options.out / "domains.json"
     if domain_file.exists():  # statistics are fixed at the start of a run, also where the dataset has grown since
@@ -454,14 +484,14 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
             )
     else:
         domains = [
-            cache.make_domain(
+            found.cache.make_domain(
                 name,
                 stride=options.stride,
                 object_turns=options.object_turns if options.body_steps or options.init is not None else 0,
                 image_size=(height, width),
-                control_hz=float(dataset.env_args.get("env_kwargs", {}).get("control_freq", 20)),
+                control_hz=float(found.datasets[0].env_args.get("env_kwargs", {}).get("control_freq", 20)),
             )
-            for cache, (name, (dataset, *_)) in zip(caches, datasets.items(), strict=True)
+            for name, found in gathered.items()
         ]
         domain_file.parent.mkdir(parents=True, exist_ok=True)
         domain_file.write_text(json.dumps([domain.to_dict() for domain in domains], indent=1))
@@ -482,6 +512,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
             caches,
             options.out,
             options.body_steps,
+            motions=[domain.motions for domain in gathered.values()],
             max_minutes=options.max_minutes,
             device=options.device,
             seed=options.seed,
@@ -508,7 +539,8 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     result = train(model, batches, loop, evaluate=validation)
     with result.ema.applied_to(model), torch.no_grad():
         validation.choose_corrections(model)
-        write_checkpoint(options, tokenizer, model, list(datasets.values()), {**result.evaluation})
+        files = [domain.datasets for domain in gathered.values()]
+        write_checkpoint(options, tokenizer, model, files, {**result.evaluation})
     return result
 
 
