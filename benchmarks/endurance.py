@@ -2,7 +2,9 @@
 
     hma-gym bench endurance --checkpoint lift-64 --data data/lift64.hdf5
 
-20 rollouts take about 2 minutes on 2 CPU cores. Writes ``<out>/endurance_<name>.json`` and ``.png``.
+20 rollouts take about 2 minutes on 2 CPU cores; with ``--truth``, ground truth is put under the same random and looped
+actions from the same starts, for 2 minutes more: also there an arm hides the cube at times. Writes
+``<out>/endurance_<name>.json`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hma_gym.benchmarks.fidelity import scene_frames
 from hma_gym.data.robomimic_hdf5 import open_dataset
@@ -22,9 +25,12 @@ from hma_gym.evaluation.endurance import (
     EnduranceReport,
     Kind,
     LongRollouts,
+    given_actions,
     long_rollouts,
     measure_endurance,
+    shares,
     static_pixels,
+    true_rollouts,
 )
 from hma_gym.evaluation.held_out import load_held_out
 from hma_gym.evaluation.open_loop import device_of
@@ -49,6 +55,7 @@ class EnduranceConfig:
         split: held-out split; None where the whole dataset was kept from training.
         device: where the model runs.
         threads: torch threads; None leaves torch's choice.
+        truth: measure ground truth too; needs the extra ``sim``.
         seed: of the draw of episodes, the rollouts and the random actions.
         out: folder of the results.
         name: of the result files: ``endurance_<name>``.
@@ -64,6 +71,7 @@ class EnduranceConfig:
     split: str | None = "test"
     device: str = "cpu"
     threads: int | None = None
+    truth: bool = False
     seed: int = 0
     out: Path = Path("benchmarks/results")
     name: str = "lift-64"
@@ -99,15 +107,22 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
         checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
     reports: dict[str, EnduranceReport] = {}
-    for kind in map(str, config.kinds):
-        chosen = [n for n, name in enumerate(rollouts.names) if name.startswith(kind)]
-        if chosen:
-            reports[kind] = measure_endurance(
-                rollouts.of_kind(kind),
-                background_HWC=background,
-                static_HW=static,
-                object_start_B3=held_out.object_BT3[chosen, 0],
-            )
+
+    def measure(name: str, part: LongRollouts, rows: NDArray[np.int64]) -> None:
+        reports[name] = measure_endurance(
+            part, background_HWC=background, static_HW=static, object_start_B3=held_out.object_BT3[rows, 0]
+        )
+
+    for kind, rows in shares(held_out, config.kinds).items():
+        measure(kind, rollouts.of_kind(kind), rows)
+        if config.truth and kind != "scripted":
+            actions = given_actions(kind, checkpoint, held_out, rows, config.steps, config.seed)
+            index = {demo.name: position for position, demo in enumerate(dataset.demos)}
+            states = np.stack([dataset.arrays(index[held_out.names[row]])["states"][0] for row in rows])
+            size = held_out.frames_BTHWC.shape[2]
+            true = true_rollouts("lift", states, actions, size, progress=config.progress)
+            starts = torch.from_numpy(held_out.frames_BTHWC[rows, 0])
+            measure(f"{kind}, ground truth", LongRollouts((kind,) * len(rows), starts, true), rows)
     config.out.mkdir(parents=True, exist_ok=True)
     plain = {**asdict(config), "data": config.data.name, "out": config.out.name, "checkpoint": checkpoint.name}
     content = {
@@ -121,10 +136,10 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
     captions = [str(step) for step in rollout_sheet_columns(config.steps)]
     title = f"{config.steps}-step rollouts of {checkpoint.name}; column 0 is the real start"
     draw_sheet(rollout_panels(rollouts), captions, title=title, scale=1.0).save(path.with_suffix(".png"), optimize=True)
-    for kind, report in reports.items():
+    for name, report in reports.items():
         empty, single, several = report.cube_counts
         print(
-            f"{kind}: background drift {report.background_drift_db:+.2f} dB (worst "
+            f"{name}: background drift {report.background_drift_db:+.2f} dB (worst "
             f"{report.worst_background_drift_db:+.2f}); arm away in {report.clear_frames} checked frames: no cube "
             f"{empty}, one {single}, more {several}; cube area {report.cube_area_start:.0f} px at the start, "
             f"{report.cube_area_end:.0f} at the end"

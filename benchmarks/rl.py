@@ -44,8 +44,8 @@ class RlConfig:
         checkpoint: name, folder or hub id of the learned world.
         algorithm: ``ppo`` or ``sac``.
         demonstrations: how many episodes of the script are cloned; competence: of the script.
-        clone_steps, steps, num_envs, evaluate_every, episodes, horizon, shaping, uncertainty_weight: see
-            :class:`~hma_gym.learning.rl.RLOptions`.
+        clone_steps, world, steps, critic_steps, num_envs, evaluate_every, episodes, horizon, shaping,
+            uncertainty_weight: see :class:`~hma_gym.learning.rl.RLOptions`.
         seeds: one run each.
         test_episodes: starts of the comparison before and after; they follow those of the runs' own evaluations.
         gap_limit: of the exploitation gap at the stopping point.
@@ -60,6 +60,8 @@ class RlConfig:
     demonstrations: int = 100
     competence: float = 0.8
     clone_steps: int = 3000
+    world: Literal["model", "sketch"] = "model"
+    critic_steps: int = 10_000
     steps: int = 100_000
     num_envs: int = 16
     evaluate_every: int = 10_000
@@ -97,6 +99,8 @@ def run_seed(config: RlConfig, demonstrations: Path, seed: int) -> tuple[Path, P
             algorithm=config.algorithm,
             clone=demonstrations,
             clone_steps=config.clone_steps,
+            world=config.world,
+            critic_steps=config.critic_steps,
             steps=config.steps,
             num_envs=config.num_envs,
             evaluate_every=config.evaluate_every,

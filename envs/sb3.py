@@ -61,7 +61,7 @@ def make_sb3_env(
         )
     if shaping and envs.world.judge is None:
         raise InvalidArgument(f"shaping needs a judge, and checkpoint {envs.world.checkpoint.name!r} has none.")
-    if uncertainty_weight and envs.world.checkpoint.uncertainty is None:
+    if uncertainty_weight and envs.world.uncertainty is None:
         raise InvalidArgument(
             f"uncertainty_weight needs a calibrated checkpoint, and {envs.world.checkpoint.name!r} is not; run "
             "hma-gym calibrate."

@@ -152,7 +152,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             )
         if max_uncertainty is not None and not 0 < max_uncertainty < 1:
             raise InvalidArgument(f"max_uncertainty must lie in (0, 1) or be None, got {max_uncertainty}.")
-        if max_uncertainty is not None and world.checkpoint.uncertainty is None:
+        if max_uncertainty is not None and world.uncertainty is None:
             raise InvalidArgument(
                 f"max_uncertainty needs a calibrated checkpoint, and {world.checkpoint.name!r} is not; run: hma-gym "
                 "calibrate --checkpoint FOLDER --data FILE."

@@ -131,11 +131,12 @@ class LearnedWorld:
         judge: a judge, or the name of a registered one; ``classifier`` and ``feature`` are the checkpoint's own. None
             takes its classifier, if it has one.
         temperature, decode_steps: sampling, in place of the checkpoint's own settings.
-        stepper: makes what runs the model's steps, e.g. :class:`~hma_gym.dynamics.steppers.CudaGraphs`; None runs them
-            one operation after the other.
+        stepper: makes what runs the model's steps, e.g. :class:`~hma_gym.dynamics.steppers.CudaGraphs` or
+            :class:`~hma_gym.dynamics.steppers.Sketch`; None runs them one operation after the other.
 
     Attributes:
         checkpoint, tokenizer, dynamics, judge, domain: the parts in use.
+        uncertainty: the checkpoint's, None where it is not calibrated or the stepper does not run the trunk.
         bank: the checkpoint's starts that serve this domain; ``options["start"]`` is an index into it.
         device: where the weights are.
         image_size: (H, W).
@@ -169,6 +170,7 @@ class LearnedWorld:
         self.dynamics = _with_sampling(checkpoint.dynamics, temperature, decode_steps)
         self.judge: Judge | TokenJudge | None = checkpoint.judge if judge is None else _judge_of(checkpoint, judge)
         self._stepper: Stepper = InOrder(self.dynamics) if stepper is None else stepper(self.dynamics)
+        self.uncertainty = checkpoint.uncertainty if self._stepper.whole else None
         self._domain_index = 0 if domain is None else self.dynamics.domain_index(domain)
         self.domain = self.dynamics.domains[self._domain_index]
         self.device = self.dynamics.position_embedding.device
@@ -269,7 +271,7 @@ class LearnedWorld:
             np.concatenate((rows.hidden_NF[:, 1:], np.ones_like(rows.hidden_NF[:, :1])), axis=1),
             rows.step_N + 1,
         )
-        every = self.dynamics.config.refresh
+        every = self.dynamics.config.refresh if self._stepper.whole else 0
         if every and (due_R := np.flatnonzero(active_N & (after.step_N % every == 0))).size:
             after = self._refreshed(after, due_R)
         if kept is not None:
@@ -316,7 +318,7 @@ class LearnedWorld:
             InvalidArgument: the judge gave something else than one probability for each row.
         """
         judge = self.judge
-        sure = {} if self.checkpoint.uncertainty is None else {"uncertainty": rows.uncertainty_N}
+        sure = {} if self.uncertainty is None else {"uncertainty": rows.uncertainty_N}
         if judge is None:
             return sure, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         if isinstance(judge, TokenJudge):
@@ -336,9 +338,9 @@ class LearnedWorld:
 
     def _uncertainty(self, rollout: RolloutState, out: StepOutput) -> Tensor:
         """(N,) of the frames just made."""
-        if self.checkpoint.uncertainty is None:
+        if self.uncertainty is None:
             return torch.zeros(len(rollout), device=self.device)
-        score_N: Tensor = self.checkpoint.uncertainty(out.features_BD, rollout.step_B)
+        score_N: Tensor = self.uncertainty(out.features_BD, rollout.step_B)
         return score_N
 
     def _codes(self, frames_BHWC: Tensor) -> Tensor:

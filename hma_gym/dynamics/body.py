@@ -236,7 +236,8 @@ class Body(nn.Module):
         """(..., 1) bool; False for a body that does not know where objects lie."""
         assert isinstance(self.coast, ManipulationCoast)
         floor = self.coast.get_buffer("floor")
-        return (targets[..., 2:3] > floor + ALOFT) & floor.isfinite()
+        aloft: Tensor = (targets[..., 2:3] > floor + ALOFT) & floor.isfinite()
+        return aloft
 
     def set_token_statistics(self, mean_SC: Tensor, std_SC: Tensor) -> None:
         """Mean and standard deviation of the tokens over the training frames, from which ``look`` starts."""
@@ -323,7 +324,8 @@ def _taken_along(pose: Pose, foretold: Tensor, believed: Tensor, agent_pos: Tens
     """(..., 3): an object that goes with the hand is where the hand went, not where that was foretold to go."""
     hand, thing = (foretold - pose.agent_pos)[..., PLACE], (believed - pose.targets)[..., PLACE]
     moved, stayed_behind = thing.norm(dim=-1, keepdim=True), (thing - hand).norm(dim=-1, keepdim=True)
-    return moved / (moved + stayed_behind + 1e-4) * (agent_pos - foretold)[..., PLACE]
+    share: Tensor = moved / (moved + stayed_behind + 1e-4)
+    return share * (agent_pos - foretold)[..., PLACE]
 
 
 class ResidualLayer(nn.Module):

@@ -872,6 +872,35 @@ class Dynamics(nn.Module):
             return self._step(state, torch.zeros_like(state.actions_BKA[:, 0]), given_B, in_place, None)
         return self._step(state, self._normal(state, action_BA), given_B, in_place, None)
 
+    @torch.no_grad()
+    def step_of_bodies(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
+        """As :meth:`step`, by the bodies alone: a fraction of the cost, and nothing of what only the trunk knows.
+
+        Frames show robot, object and what stands still, each where it is foretold to be. The cache stays as it is, so a
+        rollout that is stepped so must go on so. Features are zeros.
+
+        Raises:
+            InvalidArgument: a domain whose body draws nothing: one without agent_pos, or with discrete tokens.
+        """
+        action_BA, given_B = self._normal(state, action_BA), torch.ones_like(state.domain_B, dtype=torch.bool)
+        pose, tokens = self._rollout_pose(state).rows((slice(None), 0)), torch.zeros_like(state.tokens)
+        agent_pos, things = torch.zeros_like(state.agent_pos_BP), torch.zeros_like(state.targets_BO)
+        for adapter, rows in self._groups(state.domain_B):
+            body, P, X = adapter.body, adapter.domain.state_dim, adapter.body.target_dim
+            own = pose.rows(rows).narrowed(P, X, adapter.action_size)
+            found, thing = body.coasted(own, action_BA[rows, : adapter.action_size], given_B[rows])
+            drawn = body.drawn(found, thing)
+            if drawn is None:
+                raise InvalidArgument(
+                    f"domain {adapter.domain.name!r} must have agent_pos and soft tokens for its body to draw frames; "
+                    "step with the whole model."
+                )
+            agent_pos[rows, :P], things[rows, :X], tokens[rows] = found, thing, drawn.to(tokens.dtype)
+        after = _after(state, tokens, agent_pos, things, action_BA, given_B)
+        nothing = agent_pos.new_zeros(len(state), self.config.trunk.width)
+        targets = F.pad(things, (0, self.target_size - things.shape[1]))
+        return dataclasses.replace(after, step_B=state.step_B + 1), StepOutput(tokens, agent_pos, nothing, targets)
+
     def _normal(self, state: RolloutState, action_BA: Tensor) -> Tensor:
         """Checked and normalised actions of one step."""
         wanted = (len(state), self.action_size)
@@ -1016,18 +1045,25 @@ class Dynamics(nn.Module):
             P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
             agent_pos[rows, :P] = adapter.body.within(adapter.next_state(feature, first.coasted_BTP[rows, 0, :P]))
             targets[rows, :X] = adapter.targets(feature, first.coasted_BTO[rows, 0, :X])
-        things, moved = first.coasted_BTO[:, 0], first.coasted_BTO[:, 0] - state.targets_BO
+        after = _after(state, tokens, agent_pos, first.coasted_BTO[:, 0], action_BA, given_B)
         after = dataclasses.replace(
-            state,
-            tokens=tokens,
-            agent_pos_BP=agent_pos,
-            targets_BO=things,
-            motions_BKP=torch.cat(((agent_pos - state.agent_pos_BP)[:, None], state.motions_BKP[:, :-1]), dim=1),
-            target_motions_BKO=torch.cat((moved[:, None], state.target_motions_BKO[:, :-1]), dim=1),
-            actions_BKA=torch.cat((action_BA[:, None], state.actions_BKA[:, :-1]), dim=1),
-            acted_BK=torch.cat((given_B[:, None], state.acted_BK[:, :-1]), dim=1),
-            keys_BLWND=cache.keys_BLWND,
-            values_BLWND=cache.values_BLWND,
-            step_B=cache.step_B,
+            after, keys_BLWND=cache.keys_BLWND, values_BLWND=cache.values_BLWND, step_B=cache.step_B
         )
         return after, StepOutput(tokens, agent_pos, first.pooled_BTD[:, 0].float(), targets)
+
+
+def _after(
+    state: RolloutState, tokens: Tensor, agent_pos: Tensor, things_BO: Tensor, action_BA: Tensor, given_B: Tensor
+) -> RolloutState:
+    """A step on, but for the cache: the new frame's tokens, agent_pos (B, P) and the object's pose, and the action."""
+    pose = state.pose.after(agent_pos, things_BO, action_BA, given_B)
+    return dataclasses.replace(
+        state,
+        tokens=tokens,
+        agent_pos_BP=agent_pos,
+        targets_BO=things_BO,
+        motions_BKP=pose.motions,
+        target_motions_BKO=pose.target_motions,
+        actions_BKA=pose.actions,
+        acted_BK=pose.acted,
+    )

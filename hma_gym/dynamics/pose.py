@@ -48,7 +48,7 @@ class Pose:
     actions: Tensor
     acted: Tensor
 
-    def rows(self, rows: Tensor | slice | tuple[slice, None]) -> Pose:
+    def rows(self, rows: Tensor | slice | tuple[slice, int | None]) -> Pose:
         """Of some rows only, by an index of the leading dims."""
         return Pose(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 

@@ -1,4 +1,5 @@
-"""Ways to run the steps of a batch of rollouts: one operation after the other, or as recorded CUDA graphs.
+"""Ways to run the steps of a batch of rollouts: one operation after the other, as recorded CUDA graphs, or as a sketch
+by the bodies alone.
 
 >>> world = LearnedWorld(load_checkpoint("lift-64", device="cuda"), stepper=CudaGraphs)  # doctest: +SKIP
 >>> envs = HMAVectorEnv(256, checkpoint=world, output="torch")  # doctest: +SKIP
@@ -24,7 +25,14 @@ from hma_gym.errors import InvalidArgument
 
 
 class Stepper(Protocol):
-    """Runs steps of forward dynamics and gives up the state that it is given: its memory is used again."""
+    """Runs steps of forward dynamics and gives up the state that it is given: its memory is used again.
+
+    Attributes:
+        whole: whether the trunk runs: then tokens may drift (see :mod:`hma_gym.dynamics.refresh`), and features tell
+            how sure the model is.
+    """
+
+    whole: bool
 
     def step(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
         """As :meth:`Dynamics.step <hma_gym.dynamics.model.Dynamics.step>` with ``in_place``."""
@@ -34,11 +42,26 @@ class Stepper(Protocol):
 class InOrder:
     """One operation after the other."""
 
+    whole = True
+
     def __init__(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
 
     def step(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
         return self._dynamics.step(state, action_BA, in_place=True)
+
+
+class Sketch:
+    """The bodies alone foretell and draw, see :meth:`hma_gym.dynamics.model.Dynamics.step_of_bodies`: frames for
+    learners that need very many. Nothing tells how sure they are."""
+
+    whole = False
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self._dynamics = dynamics
+
+    def step(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
+        return self._dynamics.step_of_bodies(state, action_BA)
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,8 @@ class CudaGraphs:
     Raises:
         InvalidArgument: weights that are not on a CUDA device, or several domains, whose rows are sorted by the host.
     """
+
+    whole = True
 
     #: Steps before a recording, in which kernels are chosen and workspaces allotted.
     WARMUP = 3

@@ -19,8 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
+from hma_gym.data.episodes import agent_pos_from_obs
 from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.envs.simulation import Simulation, check_action
+from hma_gym.envs.tasks import get_task
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.fidelity import random_actions, rollout_seeds
 from hma_gym.evaluation.held_out import HeldOut
@@ -135,6 +139,26 @@ class ScriptedActor:
         return LiftScript(ScriptedConfig(mode=mode, competence=float(rng.uniform(0.5, 1.0))), rng)
 
 
+def shares(held_out: HeldOut, kinds: Sequence[Kind]) -> dict[Kind, NDArray[np.int64]]:
+    """Which held-out starts are rolled out under each kind of actions: equal shares, in order, but for empty ones."""
+    parts = np.array_split(np.arange(len(held_out)), len(kinds))
+    return {kind: rows for kind, rows in zip(kinds, parts, strict=True) if len(rows)}
+
+
+def given_actions(
+    kind: Literal["random", "recorded"],
+    checkpoint: Checkpoint,
+    held_out: HeldOut,
+    rows: NDArray[np.int64],
+    steps: int,
+    seed: int,
+) -> NDArray[np.float32]:
+    """Actions that do not depend on what is seen, for these starts: (R, T, A)."""
+    if kind == "random":
+        return random_actions(checkpoint, (len(rows), steps), seed)
+    return np.stack([loop_actions(held_out.actions_BTA[row][:-1], steps) for row in rows])
+
+
 def long_rollouts(
     checkpoint: Checkpoint,
     held_out: HeldOut,
@@ -149,20 +173,14 @@ def long_rollouts(
     parts, names = [], []
     label = "long rollouts" if progress else None
     seeds = rollout_seeds(len(held_out), seed)
-    for kind, rows in zip(kinds, np.array_split(np.arange(len(held_out)), len(kinds)), strict=True):
-        if not len(rows):
-            continue
+    for kind, rows in shares(held_out, kinds).items():
         start = torch.from_numpy(held_out.frames_BTHWC[rows, 0])
         agent_pos = torch.from_numpy(held_out.agent_pos_BTP[rows, 0])
         if kind == "scripted":
             actor = ScriptedActor(held_out.object_BT3[rows, 0], seed)
             made = generate_closed_loop(checkpoint, start, agent_pos, actor, steps, seeds[rows], progress=label)
         else:
-            if kind == "random":
-                actions = random_actions(checkpoint, (len(rows), steps), seed)
-            else:
-                actions = np.stack([loop_actions(held_out.actions_BTA[row][:-1], steps) for row in rows])
-            chosen = torch.from_numpy(actions)
+            chosen = torch.from_numpy(given_actions(kind, checkpoint, held_out, rows, steps, seed))
             made = generate(checkpoint, start, agent_pos, chosen, seeds[rows], batch=batch, progress=label)
         parts.append(made)
         names += [f"recorded {held_out.names[row]}" if kind == "recorded" else kind for row in rows]
@@ -170,6 +188,46 @@ def long_rollouts(
         *(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Generated))
     )
     return LongRollouts(tuple(names), torch.from_numpy(held_out.frames_BTHWC[:, 0]), generated)
+
+
+def true_rollouts(
+    task: str,
+    states_BS: NDArray[np.float64],
+    actions_BTA: NDArray[np.float32],
+    image_size: int,
+    *,
+    progress: bool = True,
+) -> Generated:
+    """What ground truth shows under the same actions: also there a cube may be hidden, or be pushed off the table.
+
+    Args:
+        task: key of the task table.
+        states_BS: flattened simulator state of each start.
+        actions_BTA: env units.
+        image_size: height and width of the frames, pixels.
+        progress: show a progress bar.
+
+    Raises:
+        MissingExtra, RenderingUnavailable: the simulation cannot run here.
+    """
+    count, steps = actions_BTA.shape[:2]
+    frames = np.zeros((count, steps, image_size, image_size, 3), np.uint8)
+    poses: list[NDArray[np.float32]] = []
+    places = np.zeros((count, steps, 3), np.float32)
+    simulation = Simulation(get_task(task))
+    with tqdm(total=count * steps, desc="ground truth", unit="frame", disable=not progress, leave=False) as bar:
+        for b, state_S in enumerate(states_BS):
+            simulation.reset_to(state_S)
+            for t, action_A in enumerate(actions_BTA[b]):
+                simulation.step(check_action(action_A, actions_BTA.shape[2]))
+                frames[b, t] = simulation.render(image_size)
+                observed = simulation.observe()
+                poses.append(agent_pos_from_obs(observed))
+                places[b, t] = observed["object"][:3]
+                bar.update()
+    simulation.close()
+    agent_pos = np.stack(poses).reshape(count, steps, -1).astype(np.float32)
+    return Generated(torch.from_numpy(frames), torch.from_numpy(agent_pos), torch.from_numpy(places))
 
 
 def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24) -> Tensor:

@@ -29,9 +29,11 @@ from tqdm import tqdm
 
 from hma_gym.data.robomimic_hdf5 import open_dataset, storage_errors, write_atomically
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
+from hma_gym.dynamics.steppers import Sketch
 from hma_gym.envs.sb3 import make_sb3_env
 from hma_gym.envs.tasks import get_task
 from hma_gym.envs.vector import HMAVectorEnv
+from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import DatasetError, InvalidArgument, ResumeError
 from hma_gym.evaluation.rollouts import play_learned, play_truth
 from hma_gym.extras import require
@@ -53,6 +55,10 @@ class RLOptions:
         algorithm: ``ppo`` or ``sac``.
         clone: robomimic HDF5 file whose policy is cloned first; None to begin from scratch.
         clone_steps: optimiser steps of the cloning, 64 frames each.
+        world: in which it learns: the ``model``, or a ``sketch`` of it by the body alone (see
+            :class:`hma_gym.dynamics.steppers.Sketch`), many times faster. It is evaluated in the model.
+        freeze_encoder: keep the cloned actor's image encoder as it is, which has seen real frames only.
+        critic_steps: the first steps of PPO after cloning, in which it learns the value alone.
         steps: environment steps to learn from, all environments together.
         num_envs: environments at once.
         horizon: length of an episode.
@@ -76,6 +82,9 @@ class RLOptions:
     algorithm: Literal["ppo", "sac"] = "ppo"
     clone: Path | None = None
     clone_steps: int = 2000
+    world: Literal["model", "sketch"] = "model"
+    freeze_encoder: bool = True
+    critic_steps: int = 5_000
     steps: int = 50_000
     num_envs: int = 16
     horizon: int = 63
@@ -102,6 +111,10 @@ class RLOptions:
             raise InvalidArgument(
                 f"episodes and clone_steps must be at least 1, got {self.episodes} and {self.clone_steps}."
             )
+        if self.critic_steps < 0:
+            raise InvalidArgument(f"critic_steps must be at least 0, got {self.critic_steps}.")
+        if self.world not in ("model", "sketch"):
+            raise InvalidArgument(f"world must be 'model' or 'sketch', got {self.world!r}.")
         if self.algorithm not in ("ppo", "sac"):
             raise InvalidArgument(f"algorithm must be 'ppo' or 'sac', got {self.algorithm!r}.")
 
@@ -277,7 +290,7 @@ def train_rl(options: RLOptions) -> Path:
     torch.manual_seed(options.seed)
     envs = HMAVectorEnv(
         options.num_envs,
-        checkpoint=checkpoint,
+        checkpoint=LearnedWorld(checkpoint, stepper=Sketch if options.world == "sketch" else None),
         obs_type="pixels_agent_pos",
         max_episode_steps=options.horizon,
         autoreset_mode="SameStep",
@@ -303,17 +316,28 @@ def train_rl(options: RLOptions) -> Path:
             _keep(model, options.out / "clone.zip")
         _log(options, 0, score_model(model, options, checkpoint))
     path = kept[-1] if kept else options.out / "clone.zip"
+    critic_steps = options.critic_steps if options.clone is not None and options.algorithm == "ppo" else 0
     while done < options.steps:
-        model.learn(
-            min(options.evaluate_every, options.steps - done),
-            reset_num_timesteps=done == 0,
-            progress_bar=False,
-        )
+        stop = min(done + options.evaluate_every, options.steps)
+        if done < critic_steps:
+            stop = min(stop, critic_steps)
+        _hold(model, options, actor=done < critic_steps)
+        model.learn(stop - done, reset_num_timesteps=done == 0, progress_bar=False)
         done = model.num_timesteps
         path = _keep(model, options.out / f"step-{done:07d}.zip")
         _log(options, done, score_model(model, options, checkpoint))
     env.close()
     return path
+
+
+def _hold(model: Any, options: RLOptions, *, actor: bool) -> None:
+    """Say which weights of the actor learn: all but a cloned encoder; none of PPO's where ``actor`` is held."""
+    network = model.actor if options.algorithm == "sac" else model.policy
+    network.features_extractor.requires_grad_(options.clone is None or not options.freeze_encoder)
+    if options.algorithm == "ppo":
+        for part in (network.mlp_extractor.policy_net, network.action_net):
+            part.requires_grad_(not actor)
+        network.log_std.requires_grad_(not actor)
 
 
 def _claim(options: RLOptions) -> None:

@@ -96,6 +96,39 @@ def test_what_is_observed_corrects_the_place_and_is_no_motion(conditioning: str)
     assert not real.targets_BO[[0, 2]].any()
 
 
+def test_a_sketch_is_what_the_bodies_foretell_and_draw() -> None:
+    dynamics = model("soft", *MIXED)
+    clip = batch("soft", dynamics, 4, 5)
+    state = begin(dynamics, clip)
+    rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
+    poses = []
+    for index, own in enumerate(rows):
+        adapter = dynamics.adapter(index)
+        sizes = adapter.domain.state_dim, adapter.body.target_dim, adapter.action_size
+        poses.append(state.pose.rows(own).narrowed(*sizes))
+    given = torch.ones(2, dtype=torch.bool)
+    for t in range(4):
+        state, out = dynamics.step_of_bodies(state, clip["actions"][:, t])
+        normal = dynamics.normalise_actions(clip["actions"][:, t : t + 1], clip["domain"])[:, 0]
+        for index, own in enumerate(rows):
+            adapter = dynamics.adapter(index)
+            action = normal[own, : adapter.action_size]
+            agent_pos, targets = adapter.body.coasted(poses[index], action, given)
+            poses[index] = poses[index].after(agent_pos, targets, action, given)
+            torch.testing.assert_close(out.agent_pos_BP[own, : agent_pos.shape[1]], agent_pos)
+            torch.testing.assert_close(state.targets_BO[own, : targets.shape[1]], targets)
+            torch.testing.assert_close(out.tokens[own], adapter.body.drawn(agent_pos, targets))
+    torch.testing.assert_close(out.targets_BX[rows[1]], state.targets_BO[rows[1]])
+    assert torch.equal(out.tokens, state.tokens) and not out.features_BD.any() and (state.step_B == 4).all()
+
+
+def test_discrete_tokens_cannot_be_sketched() -> None:
+    dynamics = model("vq")
+    clip = batch("vq", dynamics, 2, 1)
+    with pytest.raises(InvalidArgument, match="must have agent_pos and soft tokens for its body to draw"):
+        dynamics.step_of_bodies(begin(dynamics, clip), clip["actions"][:, 0])
+
+
 def test_states_carry_the_object_wherever_they_go() -> None:
     dynamics = model("soft", *MIXED)
     clip = batch("soft", dynamics, 4, 4)

@@ -16,7 +16,7 @@ from hma_gym.dynamics.compiled import with_compilation
 from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
-from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Stepper
+from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Sketch, Stepper
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
@@ -158,6 +158,22 @@ def test_cuda_graphs_equal_one_operation_after_the_other() -> None:
     _assert_alike(expected, _steps(checkpoint, graphs))  # another rollout in the same graph's memory
     with pytest.raises(InvalidArgument, match="2 domains"):
         CudaGraphs(toy_checkpoint(toy_domain("a"), toy_domain("b")).to("cuda").dynamics)
+
+
+def test_a_sketched_world_is_not_refreshed_and_says_nothing_of_how_sure_it_is(toy: Checkpoint) -> None:
+    dynamics = copy.copy(toy.dynamics)
+    dynamics.config = dataclasses.replace(toy.dynamics.config, refresh=1)
+    calibrated = dataclasses.replace(toy, dynamics=dynamics, uncertainty=lambda *_: 1 / 0)
+    world = LearnedWorld(calibrated, stepper=Sketch)
+    envs = HMAVectorEnv(N, checkpoint=world, obs_type="pixels_agent_pos")
+    first, _ = envs.reset(seed=0)
+    seen, _, _, _, info = envs.step(envs.action_space.sample())
+    assert "uncertainty" not in info and not (seen["pixels"] == first["pixels"]).all()
+    rollout = envs._rows.rollout  # type: ignore[union-attr]
+    drawn = toy.dynamics.adapter(0).body.drawn(rollout.agent_pos_BP, rollout.targets_BO)
+    assert torch.equal(rollout.tokens, drawn)
+    with pytest.raises(InvalidArgument, match="max_uncertainty needs a calibrated checkpoint"):
+        HMAVectorEnv(N, checkpoint=world, max_uncertainty=0.5)
 
 
 def test_a_world_runs_the_stepper_that_it_is_given(toy: Checkpoint) -> None:

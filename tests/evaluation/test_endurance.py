@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hma_gym.benchmarks.endurance import EnduranceConfig, endurance
-from hma_gym.data.robomimic_hdf5 import Dataset
+from hma_gym.collection.collect import CollectConfig, collect
+from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.endurance import (
     LongRollouts,
@@ -22,6 +23,7 @@ from hma_gym.evaluation.endurance import (
     measure_endurance,
     red_mask,
     static_pixels,
+    true_rollouts,
 )
 from hma_gym.evaluation.open_loop import Generated
 
@@ -131,3 +133,17 @@ def test_the_benchmark_leaves_its_files(soft_folder: Path, toy_dataset: Dataset,
     assert all(report.rollouts == 1 and len(report.background_psnr_curve) == 48 for report in reports.values())
     assert json.loads((tmp_path / "endurance_toy.json").read_text())["reports"]["scripted"]["steps"] == 48
     assert (tmp_path / "endurance_toy.png").stat().st_size > 1000
+
+
+@pytest.mark.gl
+def test_ground_truth_under_recorded_actions_is_the_recording(tmp_path: Path) -> None:
+    recording = CollectConfig(tmp_path / "one.hdf5", episodes=2, workers=1, seed=3, steps=6, image_size=16)
+    dataset = open_dataset(collect(recording, progress=False))
+    episodes = [dataset[0], dataset[1]]
+    states = np.stack([episode.states_TS[0] for episode in episodes])
+    actions = np.stack([episode.actions_TA for episode in episodes])
+    true = true_rollouts("lift", states, actions, 16, progress=False)
+    for b, episode in enumerate(episodes):
+        np.testing.assert_array_equal(true.frames_BTHWC[b, :-1].numpy(), episode.images_THWC[1:])
+        np.testing.assert_allclose(true.agent_pos_BTP[b, :-1].numpy(), episode.agent_pos_TP[1:], atol=1e-6)
+        np.testing.assert_allclose(true.targets_BTX[b, :-1].numpy(), episode.obs["object"][1:, :3], atol=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from toy_checkpoint import ACTION_DIM, SIZE, STATE_DIM
 from toy_policies import observations
 
@@ -15,11 +16,14 @@ from hma_gym import cli
 from hma_gym.data.episodes import Episode
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter
 from hma_gym.dynamics.checkpoint import Checkpoint
+from hma_gym.dynamics.steppers import Sketch
 from hma_gym.envs.sb3 import make_sb3_env
 from hma_gym.envs.vector import HMAVectorEnv
+from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import DatasetError, InvalidArgument, ResumeError
-from hma_gym.learning.rl import RLOptions, Score, clone_policy, make_model
+from hma_gym.learning.rl import RLOptions, Score, clone_policy, make_model, train_rl
 from hma_gym.policies.loading import EpisodeSeed, load_policy
+from hma_gym.policies.sb3 import load_sb3
 
 pytest.importorskip("stable_baselines3")
 
@@ -97,6 +101,53 @@ def test_a_run_clones_learns_is_measured_and_goes_on(toy_folder: Path, demonstra
         RLOptions(out=run, num_envs=0)
 
 
+@pytest.mark.parametrize("world", ["model", "sketch"])
+def test_first_the_critic_learns_then_the_actor_and_never_its_encoder(
+    toy: Checkpoint, demonstrations: Path, tmp_path: Path, world: Any
+) -> None:
+    options = RLOptions(
+        out=tmp_path,
+        clone=demonstrations,
+        clone_steps=1,
+        world=world,
+        critic_steps=8,
+        num_envs=2,
+        horizon=4,
+        rollout=4,
+        steps=24,
+        evaluate_every=16,
+        episodes=1,
+        truth=False,
+        progress=False,
+    )
+    steppers = []
+
+    class Watched(LearnedWorld):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            steppers.append(kwargs.get("stepper"))
+            super().__init__(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hma_gym.learning.rl.load_checkpoint", lambda *_, **__: toy)
+        patch.setattr("hma_gym.learning.rl.LearnedWorld", Watched)
+        train_rl(options)
+    assert steppers == [Sketch if world == "sketch" else None]
+    names = ("clone", "step-0000008", "step-0000024")
+    clone, critic, actor = (load_sb3("PPO", tmp_path / f"{name}.zip").policy.state_dict() for name in names)
+
+    def changed(before: dict[str, Any], after: dict[str, Any], part: str) -> bool:
+        return any(not torch.equal(before[name], after[name]) for name in before if part in name)
+
+    for part, by_critic, by_actor in (
+        ("features_extractor.encoder", False, False),
+        ("mlp_extractor.policy_net", False, True),
+        ("action_net", False, True),
+        ("log_std", False, True),
+        ("value_net", True, True),
+    ):
+        assert changed(clone, critic, part) == by_critic and changed(critic, actor, part) == by_actor, part
+
+
 @pytest.mark.gl
 def test_the_gap_is_measured_in_ground_truth(tmp_path: Path, lift_folder: Path) -> None:
     options = RLOptions(
@@ -110,8 +161,6 @@ def test_the_gap_is_measured_in_ground_truth(tmp_path: Path, lift_folder: Path) 
         episodes=1,
         progress=False,
     )
-    from hma_gym.learning.rl import train_rl
-
     path = train_rl(options)
     assert path.name == "step-0000002.zip"
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -120,7 +120,8 @@ class BodyBatches:
         T, stride, domain = self.transitions(step), self.body.domain.stride, self.body.domain
         short = step < SHORT_SHARE * self.steps
         windows, at_rest = (MANY * self.windows, 0.0) if short else (self.windows, AT_REST)
-        chosen = rng.choice(np.flatnonzero(self.room >= T), size=windows)
+        places = np.maximum(self.room - T + 1, 0)  # where a window may begin
+        chosen = rng.choice(len(places), size=windows, p=places / places.sum())
         offset = rng.integers(self.room[chosen] - T + 1) * (rng.random(windows) >= at_rest)
         if short and len(self.busy_K2) and T == self.body.config.history + SHORT:
             busy = self.busy_K2[rng.integers(len(self.busy_K2), size=windows)]
