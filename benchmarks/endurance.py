@@ -9,17 +9,20 @@ actions from the same starts, for 2 minutes more: also there an arm hides the cu
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hma_gym.benchmarks.fidelity import scene_frames
-from hma_gym.data.robomimic_hdf5 import open_dataset
-from hma_gym.dynamics.checkpoint import load_checkpoint
+from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
+from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.evaluation.endurance import (
     KINDS,
     EnduranceReport,
@@ -32,8 +35,8 @@ from hma_gym.evaluation.endurance import (
     static_pixels,
     true_rollouts,
 )
-from hma_gym.evaluation.held_out import load_held_out
-from hma_gym.evaluation.open_loop import device_of
+from hma_gym.evaluation.held_out import HeldOut, load_held_out
+from hma_gym.evaluation.open_loop import Generated, device_of
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.evaluation.strips import Panel, Strip, draw_sheet
 from hma_gym.metrics.video import background_image
@@ -83,14 +86,38 @@ def rollout_sheet_columns(steps: int) -> np.ndarray[tuple[int], np.dtype[np.int6
     return np.unique(np.linspace(0, steps, SHEET_STEPS).round().astype(np.int64))
 
 
-def rollout_panels(rollouts: LongRollouts) -> list[Panel]:
-    """One panel per rollout: the real start, then generated frames."""
+def rollout_panels(rollouts: LongRollouts, true: Mapping[Kind, Generated]) -> list[Panel]:
+    """One panel per rollout: the real start, then generated frames, and ground truth's below where it was played."""
     columns = rollout_sheet_columns(rollouts.generated.frames_BTHWC.shape[1])
     panels = []
+    seen: Counter[str] = Counter()
     for index, name in enumerate(rollouts.names):
-        frames = torch.cat([rollouts.start_frames_BHWC[index][None], rollouts.generated.frames_BTHWC[index]]).numpy()
-        panels.append(Panel("", (Strip(name.replace(" ", "\n"), frames[columns]),)))
+        start = rollouts.start_frames_BHWC[index][None]
+        strips = [
+            Strip(name.replace(" ", "\n"), torch.cat([start, rollouts.generated.frames_BTHWC[index]]).numpy()[columns])
+        ]
+        kind = cast(Kind, name.split()[0])
+        if kind in true:
+            frames = torch.cat([start, true[kind].frames_BTHWC[seen[kind]]]).numpy()
+            strips.append(Strip("MuJoCo", frames[columns]))
+        seen[kind] += 1
+        panels.append(Panel("", tuple(strips)))
     return panels
+
+
+def played_in_truth(
+    config: EnduranceConfig, checkpoint: Checkpoint, dataset: Dataset, held_out: HeldOut
+) -> dict[Kind, Generated]:
+    """Ground truth under those actions that do not depend on what is seen."""
+    place = {demo.name: position for position, demo in enumerate(dataset.demos)}
+    true: dict[Kind, Generated] = {}
+    for kind, rows in shares(held_out, config.kinds).items():
+        if kind != "scripted":
+            actions = given_actions(kind, checkpoint, held_out, rows, config.steps, config.seed)
+            states = np.stack([dataset.arrays(place[held_out.names[row]])["states"][0] for row in rows])
+            size = held_out.frames_BTHWC.shape[2]
+            true[kind] = true_rollouts("lift", states, actions, size, progress=config.progress)
+    return true
 
 
 def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
@@ -103,26 +130,22 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
     scene = scene_frames(dataset)
     background = background_image(scene)
     static = static_pixels(scene, background)
+    true = played_in_truth(config, checkpoint, dataset, held_out) if config.truth else {}
     rollouts = long_rollouts(
         checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
     reports: dict[str, EnduranceReport] = {}
 
-    def measure(name: str, part: LongRollouts, rows: NDArray[np.int64]) -> None:
-        reports[name] = measure_endurance(
-            part, background_HWC=background, static_HW=static, object_start_B3=held_out.object_BT3[rows, 0]
-        )
-
     for kind, rows in shares(held_out, config.kinds).items():
-        measure(kind, rollouts.of_kind(kind), rows)
-        if config.truth and kind != "scripted":
-            actions = given_actions(kind, checkpoint, held_out, rows, config.steps, config.seed)
-            index = {demo.name: position for position, demo in enumerate(dataset.demos)}
-            states = np.stack([dataset.arrays(index[held_out.names[row]])["states"][0] for row in rows])
-            size = held_out.frames_BTHWC.shape[2]
-            true = true_rollouts("lift", states, actions, size, progress=config.progress)
-            starts = torch.from_numpy(held_out.frames_BTHWC[rows, 0])
-            measure(f"{kind}, ground truth", LongRollouts((kind,) * len(rows), starts, true), rows)
+        mine, still = rollouts.of_kind(kind), static
+        parts = {str(kind): mine}
+        if kind in true:  # an arm that goes anywhere also hides what stands still elsewhere
+            still = static & static_pixels(true[kind].frames_BTHWC.flatten(0, 1), background)
+            parts[f"{kind}, ground truth"] = dataclasses.replace(mine, generated=true[kind])
+        for name, part in parts.items():
+            reports[name] = measure_endurance(
+                part, background_HWC=background, static_HW=still, object_start_B3=held_out.object_BT3[rows, 0]
+            )
     config.out.mkdir(parents=True, exist_ok=True)
     plain = {**asdict(config), "data": config.data.name, "out": config.out.name, "checkpoint": checkpoint.name}
     content = {
@@ -135,11 +158,13 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
     path.write_text(json.dumps(content, indent=1) + "\n")
     captions = [str(step) for step in rollout_sheet_columns(config.steps)]
     title = f"{config.steps}-step rollouts of {checkpoint.name}; column 0 is the real start"
-    draw_sheet(rollout_panels(rollouts), captions, title=title, scale=1.0).save(path.with_suffix(".png"), optimize=True)
+    draw_sheet(rollout_panels(rollouts, true), captions, title=title, scale=1.0).save(
+        path.with_suffix(".png"), optimize=True
+    )
     for name, report in reports.items():
         empty, single, several = report.cube_counts
         print(
-            f"{name}: background drift {report.background_drift_db:+.2f} dB (worst "
+            f"{name}: background ({report.static_pixels} pixels) drift {report.background_drift_db:+.2f} dB (worst "
             f"{report.worst_background_drift_db:+.2f}); arm away in {report.clear_frames} checked frames: no cube "
             f"{empty}, one {single}, more {several}; cube area {report.cube_area_start:.0f} px at the start, "
             f"{report.cube_area_end:.0f} at the end"

@@ -1,10 +1,10 @@
-"""Does learning in the dream help in the truth? A cloned policy, fine-tuned inside the learned world only, three seeds.
+"""Does learning in the dream help in the truth? A cloned policy, fine-tuned inside the learned world only, three times.
 
     hma-gym bench rl --work outputs/rl
 
-makes what is missing and goes on after a kill: demonstrations of a middling script, a cloned policy and its
-fine-tuning for each seed, then the same starts for the policy before and after, in both worlds. Reports the true gain
-over all seeds and starts, and the exploitation gap (dream minus truth) over training and at the stopping point: the
+makes what is missing and goes on after a kill: demonstrations of a middling script, a cloned policy, its fine-tuning
+with each seed, then the same starts for the policy before and after, in both worlds. Reports the true gain over all
+seeds and starts, and the exploitation gap (dream minus truth) over training and at the stopping point: the
 kept model with the best success in the dream among those whose gap in the run's own small evaluations stayed under
 ``gap_limit``.
 
@@ -24,6 +24,7 @@ import torch
 
 from hma_gym.benchmarks._timing import machine_lines, markdown_table, write_results
 from hma_gym.collection.collect import CollectConfig, Ingredient, collect
+from hma_gym.data.robomimic_hdf5 import write_atomically
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.policies import EvaluateConfig, evaluate
 from hma_gym.evaluation.provenance import provenance
@@ -46,7 +47,7 @@ class RlConfig:
         demonstrations: how many episodes of the script are cloned; competence: of the script.
         clone_steps, world, steps, critic_steps, num_envs, evaluate_every, episodes, horizon, shaping,
             uncertainty_weight: see :class:`~hma_gym.learning.rl.RLOptions`.
-        seeds: one run each.
+        seeds: of the fine-tuning, one run each; the first is also the clone's.
         test_episodes: starts of the comparison before and after; they follow those of the runs' own evaluations.
         gap_limit: of the exploitation gap at the stopping point.
         workers: processes for ground truth; None for one a core.
@@ -90,8 +91,12 @@ def stopping_point(rows: list[dict[str, Any]], gap_limit: float) -> int:
 
 
 def run_seed(config: RlConfig, demonstrations: Path, seed: int) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """Clone and fine-tune: the models before and after, and the run's own evaluations."""
+    """Clone, unless another seed has, and fine-tune: the models before and after, and the run's own evaluations."""
     folder = config.work / f"seed-{seed}"
+    clone, first = folder / "clone.zip", config.work / f"seed-{config.seeds[0]}" / "clone.zip"
+    if not clone.exists() and first.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(clone, first.read_bytes())
     train_rl(
         RLOptions(
             out=folder,
@@ -115,7 +120,6 @@ def run_seed(config: RlConfig, demonstrations: Path, seed: int) -> tuple[Path, P
     )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     step = stopping_point(rows, config.gap_limit)
-    clone = folder / "clone.zip"
     return clone, folder / f"step-{step:07d}.zip" if step else clone, rows
 
 
@@ -133,9 +137,8 @@ def rl(config: RlConfig) -> tuple[Path, Path]:
     )
     runs = {seed: run_seed(config, demonstrations, seed) for seed in config.seeds}
     kind = f"sb3:{config.algorithm.upper()}"
-    policies = []
-    for seed, (before, after, _) in runs.items():
-        policies += [f"before-{seed}={kind}:{before}", f"after-{seed}={kind}:{after}"]
+    policies = [f"before={kind}:{runs[config.seeds[0]][0]}"]
+    policies += [f"after-{seed}={kind}:{after}" for seed, (_, after, _) in runs.items()]
     evaluation = evaluate(
         EvaluateConfig(
             policies=tuple(policies),
@@ -167,11 +170,11 @@ def write_table(
 
     rows, gains = [], []
     for seed in config.seeds:
-        before, after = won[TRUTH, f"before-{seed}"], won[TRUTH, f"after-{seed}"]
+        before, after = won[TRUTH, "before"], won[TRUTH, f"after-{seed}"]
         gains.append([float(after[start]) - float(before[start]) for start in sorted(before)])
         dream, truth = rate(DREAM, f"after-{seed}"), rate(TRUTH, f"after-{seed}")
         stop = stopping_point(logs[seed], config.gap_limit)
-        rows.append([seed, rate(TRUTH, f"before-{seed}"), truth, dream, dream - truth, stop])
+        rows.append([seed, rate(TRUTH, "before"), truth, dream, dream - truth, stop])
     gain = bootstrap_interval(np.array(gains).T, lambda rows_: float(np.mean(rows_)))
     curves = [[seed, row["step"], row["dream"], row["truth"], row["gap"]] for seed, log in logs.items() for row in log]
     device = torch.device("cpu")

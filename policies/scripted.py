@@ -432,6 +432,32 @@ def _roam(hand: _Hand, s: Situation) -> Script:
                 action = script.send(imagined(s))
 
 
+def _clumsy(hand: _Hand, s: Situation) -> Script:
+    """What a regressor of demonstrations does that sees badly: it is drawn to where it believes the cube to be, slower
+    the nearer it gets, presses on the table, cannot decide to close or to lift, and begins again."""
+    rng = hand.rng
+    misread = rng.choice([0.003, 0.008, 0.015]) * rng.standard_normal(3) * (1.0, 1.0, 0.6)
+    size = rng.choice([0.002, 0.006, 0.015])
+    wander = np.zeros(3)
+    depth, slack = rng.uniform(-0.035, 0.015), rng.uniform(0.008, 0.04)
+    doubt, lift = rng.uniform(0.05, 0.8), rng.uniform(0.02, 0.2)
+    gain, turn = rng.uniform(0.3, 1.0), rng.uniform(-0.4, 0.4)
+    closed = 0.0
+    while True:
+        wander = 0.95 * wander + 0.31 * size * rng.standard_normal(3)
+        believed = s.cube + misread + wander
+        beside = float(np.linalg.norm((believed - s.eef)[:2]))
+        above = float(s.eef[2] - believed[2])
+        over = 0.08 / (1.0 + np.exp(-(beside - slack) / 0.006))
+        there = np.exp(-((beside / slack) ** 2) - (max(above - 0.005, 0.0) / 0.015) ** 2)
+        closed = 0.8 * closed + 0.2 * (1.0 if rng.random() < max(there, 0.9 * closed) else 0.0)
+        up = lift * max(0.0, closed - doubt) / (1.0 - 0.9 * doubt)
+        goal = believed + np.array([0.0, 0.0, (depth + over) * (1.0 - closed) + up + closed * max(above, 0.0) * 0.8])
+        action = hand.toward(s, goal, 2.0 * closed - 1.0 + doubt * rng.standard_normal(), yaw=s.cube_yaw + turn)
+        action[:3] *= gain
+        s = yield action
+
+
 def _home(hand: _Hand, s: Situation) -> Script:
     goal = np.array([-0.1, 0.0, 1.0]) + hand.rng.normal(0, 0.04, 3)
     grip = float(hand.rng.choice([_OPEN, _CLOSE]))
@@ -461,6 +487,7 @@ MODES: dict[str, Callable[[_Hand, Situation], Script]] = {
     "wander": _wander,
     "switch": _switch,
     "roam": _roam,
+    "clumsy": _clumsy,
 }
 """Mode name -> script. ``expert`` with a low competence fails in the ways that a bad policy does."""
 
@@ -473,6 +500,7 @@ CATEGORY_OF_FAILURE = {
     "wander": "random_walk",
     "switch": "switched",
     "roam": "random_walk",
+    "clumsy": "near_miss",
 }
 """Mode -> category of an episode in which the cube was never up."""
 

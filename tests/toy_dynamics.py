@@ -75,8 +75,8 @@ def model(kind: str = "soft", *domains: Domain, trunk: TrunkConfig = TRUNK, seed
     for index in range(len(dynamics.domains)):
         body = dynamics.adapter(index).body
         if isinstance(body.coast, ManipulationCoast):  # in part it stays, in part it is held, in part it falls
-            body.coast.network[-1].weight.data[-3:] *= 0.1  # type: ignore[operator,union-attr]
-            body.coast.network[-1].bias.data[-3:] = 0.0  # type: ignore[operator,union-attr]
+            body.coast.handling[-1].weight.data[-3:] *= 0.1  # type: ignore[operator,union-attr]
+            body.coast.handling[-1].bias.data[-3:] = 0.0  # type: ignore[operator,union-attr]
             body.coast.set_floor(0.0)
     return dynamics.eval().requires_grad_(False)
 

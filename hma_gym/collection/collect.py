@@ -80,11 +80,12 @@ class CollectConfig:
         seed: with the episode's number it decides everything in an episode.
         steps: T, rows per episode.
         image_size: height and width of the images in pixels.
-        images: render them. A file without is made three times as fast, and teaches motion alone (``hma-gym train
-            dynamics --motions``).
+        images: render them. A file without is made in half the time, and teaches a world's body alone how things
+            move.
         policies: policies to record instead of the scripts, in equal shares, as ``hma-gym evaluate`` takes them.
         roam: share of the episodes in which the arm roams anywhere it gets (mode ``roam``), in place of the mixture's:
             what long rollouts and untrained policies do; 0 to 1. Let these be long (``--steps 250``).
+        clumsy: likewise the share of a script that sees badly and cannot decide, as cloned policies do.
         action_noise: noise on the actions of ``policies``: each episode draws its standard deviation between 0 and
             this, in env units.
         mixture: which scripts, in which shares (not a command-line option).
@@ -100,6 +101,7 @@ class CollectConfig:
     images: bool = True
     policies: tuple[str, ...] = ()
     roam: float = 0.0
+    clumsy: float = 0.0
     action_noise: float = 0.0
     mixture: Annotated[tuple[Ingredient, ...], tyro.conf.Suppress] = DEFAULT_MIXTURE
 
@@ -123,9 +125,11 @@ class CollectConfig:
                 f"images must be True with policies, which look at them, got False with {len(self.policies)} policies; "
                 "without images, record the scripts."
             )
-        if not 0.0 <= self.roam <= 1.0 or (self.roam and self.policies):
+        extra = self.roam + self.clumsy
+        if not min(self.roam, self.clumsy) >= 0.0 or not extra <= 1.0 or (extra and self.policies):
             raise InvalidArgument(
-                f"roam must lie in [0, 1] and is for scripts only, got {self.roam} with {len(self.policies)} policies."
+                "roam and clumsy must be shares of at most 1 together, and are for scripts only, got "
+                f"{self.roam} and {self.clumsy} with {len(self.policies)} policies."
             )
         weights = [part.weight for part in self.mixture]
         if not weights or min(weights) < 0 or sum(weights) <= 0:
@@ -138,12 +142,13 @@ class CollectConfig:
                 )
 
     def ingredients(self) -> tuple[Ingredient, ...]:
-        """The mixture, with its share of roaming."""
-        if self.roam == 0.0:
+        """The mixture, with its shares of what was asked for besides."""
+        extra = [part for part in (Ingredient(self.roam, "roam"), Ingredient(self.clumsy, "clumsy")) if part.weight > 0]
+        if not extra:
             return self.mixture
-        total = sum(part.weight for part in self.mixture)
-        rest = [dataclasses.replace(part, weight=(1 - self.roam) * part.weight / total) for part in self.mixture]
-        return (*(part for part in rest if part.weight > 0), Ingredient(self.roam, "roam"))
+        left = (1.0 - self.roam - self.clumsy) / sum(part.weight for part in self.mixture)
+        rest = [dataclasses.replace(part, weight=left * part.weight) for part in self.mixture]
+        return (*(part for part in rest if part.weight > 0), *extra)
 
     def content(self) -> dict[str, Any]:
         """What decides an episode's content, JSON-ready: two collections may share shards if it is equal."""

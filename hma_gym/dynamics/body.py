@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ROTATION, ManipulationCoast, RobotCoast, waves
+from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, in_the_hand, waves
 from hma_gym.dynamics.look import Look
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
-from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of_quaternion
+from hma_gym.nn.rotations import columns_of_matrix
 
 #: Scale (m) of the place of an object in the hand, as ``look`` is told it.
 IN_HAND = 0.1
@@ -131,11 +131,9 @@ class Body(nn.Module):
         if not self.target_dim:
             return targets
         with _full_precision(agent_pos.device):
-            hand = matrix_of_quaternion(agent_pos[..., ROTATION])
-            place = (hand.mT @ (targets[..., PLACE] - agent_pos[..., PLACE])[..., None])[..., 0]
-            turned = columns_of_matrix(hand.mT @ matrix_of_columns(targets[..., 3:]))
+            _, place, thing = in_the_hand(agent_pos, targets)
         where = torch.cat((self._standard_place(targets), (place / IN_HAND).clamp(-4.0, 4.0)), dim=-1)
-        return torch.cat((waves(where, self.config.octaves), targets[..., 3:], turned), dim=-1)
+        return torch.cat((waves(where, self.config.octaves), targets[..., 3:], columns_of_matrix(thing)), dim=-1)
 
     def coasted(self, pose: Pose, action: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """The next agent_pos (..., P) and object's pose (..., X) as far as motion and actions tell, without the

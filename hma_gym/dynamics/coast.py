@@ -2,7 +2,8 @@
 
 - :class:`RobotCoast` knows the robot alone;
 - :class:`ManipulationCoast` also knows one rigid object, and that it stays where it is, goes with the hand, or falls,
-  but for what a network adds. When it does which, slips and pushes are what is left to learn.
+  but for what a network adds. When it does which, slips and pushes are what is left to learn; and these are the same
+  wherever on the table and whichever way around they happen, so the network is told of them as the hand feels them.
 
 Everything is computed in float32: a position in half precision tells no velocity.
 
@@ -81,7 +82,7 @@ class RobotCoast(nn.Module):
         history: K.
         octaves: of the waves that show agent_pos.
         width, layers: of the network.
-        extra_inputs, extra_outputs: of the network, for a subclass.
+        extra_inputs: of the network, for a subclass.
     """
 
     def __init__(
@@ -92,7 +93,6 @@ class RobotCoast(nn.Module):
         width: int,
         layers: int,
         extra_inputs: int = 0,
-        extra_outputs: int = 0,
     ) -> None:
         super().__init__()
         self.octaves, self.state_dim = octaves, domain.state_dim
@@ -101,7 +101,7 @@ class RobotCoast(nn.Module):
         P, A = domain.state_dim, domain.action_dim * domain.stride
         past = history * (P + 1) + (history + 1) * (A + 1)
         self.inertia = ExactLinear(past, P)
-        self.network = _network(P * (1 + 2 * octaves) + past + extra_inputs, width, layers, P + extra_outputs)
+        self.network = _network(P * (1 + 2 * octaves) + past + extra_inputs, width, layers, P)
         silence(self.inertia)
 
     def standard(self, agent_pos: Tensor) -> Tensor:
@@ -124,18 +124,14 @@ class RobotCoast(nn.Module):
         """agent_pos (..., P) as foretold -> as it can be."""
         return within(agent_pos)
 
-    def _moved(
-        self, pose: Pose, action: Tensor, given: Tensor, within: Bounds, extra: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The next agent_pos (..., P), and what else the network says."""
+    def _moved(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds, extra: Sequence[Tensor]) -> Tensor:
+        """The next agent_pos (..., P)."""
         past = self._past(pose, action, given)
         said: Tensor = self.network(
             torch.cat((waves(self.standard(pose.agent_pos), self.octaves), past, *extra), dim=-1)
         )
-        change = said[..., : self.state_dim] + self.inertia(past)
-        return self._settled(pose.agent_pos + change * self.get_buffer("delta_std"), within), said[
-            ..., self.state_dim :
-        ]
+        change = said + self.inertia(past)
+        return self._settled(pose.agent_pos + change * self.get_buffer("delta_std"), within)
 
     def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
         """The next agent_pos (..., P) and targets (..., X), own units; X = 0 here.
@@ -145,23 +141,27 @@ class RobotCoast(nn.Module):
             action: (..., A), normalised; ``given`` (...) bool hides it where False.
             within: holds agent_pos where it may be; what the hand holds goes no further than the hand.
         """
-        return self._moved(pose, action, given, within, ())[0], pose.targets
+        return self._moved(pose, action, given, within, ()), pose.targets
 
 
 class ManipulationCoast(RobotCoast):
     """Robot and object. With the hand's next pose known, the object stays where it is, keeps its pose in the hand, or
-    goes on as it moved and falls, down to where objects lie: a softmax says how much of each, and the network adds
+    goes on as it moved and falls, down to where objects lie: a softmax says how much of each, and a network adds
     something to what moves. An object that stays does so exactly, for any number of steps.
 
-    The network sees the object as the hand does: position and rotation in the hand's frame, how both moved, how high
-    they are above where objects lie, the fingers.
+    That network sees and says everything in the hand's frame: position and rotation of the object, how both moved and
+    how the hand goes on, where down is, how high both are above where objects lie, the fingers, the action. So what
+    happens in one place it knows of all (but for the action, whose frame is the controller's). The robot's own network
+    is told of the object too, for it stops fingers.
     """
 
     def __init__(self, domain: Domain, history: int, octaves: int, width: int, layers: int) -> None:
-        fingers = domain.state_dim - 7
+        fingers, actions = domain.state_dim - 7, domain.action_dim * domain.stride
         seen = 3 + (3 + 2) * (1 + 2 * OCTAVES) + 6 + fingers + 6 * history
-        super().__init__(domain, history, octaves, width, layers, seen, OBJECT_DIM + 3)
-        last = self.network[-1]
+        super().__init__(domain, history, octaves, width, layers, seen)
+        felt = seen + history + 3 + 3 + 6 + fingers * (1 + history) + actions + 1
+        self.handling = _network(felt, width, layers, OBJECT_DIM + 3)
+        last = self.handling[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
             last.bias[-3] = STAYS
@@ -191,11 +191,10 @@ class ManipulationCoast(RobotCoast):
         self.get_buffer("floor").fill_(height)
 
     def _seen(self, pose: Pose, hand: Tensor, turned: Tensor, place: Tensor) -> list[Tensor]:
-        """What the network is told of the object."""
+        """The object, in the hand's frame."""
         step = self.get_buffer("object_step")[PLACE]
-        moved = pose.target_motions[..., PLACE] / step
-        against = (pose.target_motions[..., PLACE] - pose.motions[..., PLACE]) / step
-        against = (hand.mT.unsqueeze(-3) @ against[..., None])[..., 0]
+        moved = _into(hand, pose.target_motions[..., PLACE] / step)
+        against = _into(hand, (pose.target_motions[..., PLACE] - pose.motions[..., PLACE]) / step)
         known = pose.known[..., None]
         heights = torch.stack((pose.targets[..., 2], pose.agent_pos[..., 2]), dim=-1) - self.get_buffer("height")
         heights = heights / self.get_buffer("height_std")
@@ -209,6 +208,26 @@ class ManipulationCoast(RobotCoast):
             torch.where(known, against, 0.0).clamp(-5.0, 5.0).flatten(-2),
         ]
 
+    def _felt(
+        self, pose: Pose, hand: Tensor, next_pos: Tensor, next_hand: Tensor, action: Tensor, given: Tensor
+    ) -> list[Tensor]:
+        """What the hand does, in its own frame."""
+        step = self.get_buffer("object_step")
+        gone = _into(hand, ((next_pos - pose.agent_pos)[..., PLACE] / step[PLACE]).unsqueeze(-2)).squeeze(-2)
+        still = columns_of_matrix(torch.eye(3, dtype=hand.dtype, device=hand.device))
+        turned = (columns_of_matrix(hand.mT @ next_hand) - still) / step[PLACE.stop :]
+        fingers = torch.where(pose.known[..., None], pose.motions[..., 7:], 0.0)
+        fingers = torch.cat(((next_pos - pose.agent_pos)[..., None, 7:], fingers), dim=-2)
+        return [
+            pose.known.float(),
+            hand[..., 2, :],  # the room's upright axis
+            gone.clamp(-10.0, 10.0),
+            turned.clamp(-10.0, 10.0),
+            (fingers / self.get_buffer("delta_std")[7:]).clamp(-10.0, 10.0).flatten(-2),
+            torch.where(given[..., None], action, 0.0),
+            given[..., None].float(),
+        ]
+
     def _fall(self, pose: Pose) -> Tensor:
         """By how much the object's pose changes in free fall, (..., 9); it turns no further."""
         motion = torch.where(pose.known[..., :1], pose.target_motions[..., 0, PLACE], 0.0)
@@ -218,21 +237,35 @@ class ManipulationCoast(RobotCoast):
 
     def forward(self, pose: Pose, action: Tensor, given: Tensor, within: Bounds) -> tuple[Tensor, Tensor]:
         """See :class:`RobotCoast`; X = 9."""
-        hand = matrix_of_quaternion(pose.agent_pos[..., ROTATION])
-        thing = matrix_of_columns(pose.targets[..., 3:])
-        place = (hand.mT @ (pose.targets[..., PLACE] - pose.agent_pos[..., PLACE])[..., None])[..., 0]
-        seen = self._seen(pose, hand, columns_of_matrix(hand.mT @ thing), place)
-        agent_pos, said = self._moved(pose, action, given, within, seen)
-        stays, held, falls = said[..., OBJECT_DIM:].softmax(dim=-1).split(1, dim=-1)
-        added = said[..., :OBJECT_DIM] * self.get_buffer("object_step")
+        hand, place, thing = in_the_hand(pose.agent_pos, pose.targets)
+        seen = self._seen(pose, hand, columns_of_matrix(thing), place)
+        agent_pos = self._moved(pose, action, given, within, seen)
         next_hand = matrix_of_quaternion(agent_pos[..., ROTATION])
+        felt = self._felt(pose, hand, agent_pos, next_hand, action, given)
+        said: Tensor = self.handling(torch.cat((*seen, *felt), dim=-1))
+        stays, held, falls = said[..., OBJECT_DIM:].softmax(dim=-1).split(1, dim=-1)
+        added = (said[..., :OBJECT_DIM] * self.get_buffer("object_step")).unflatten(-1, (3, 3))
+        added = (added @ hand.mT).flatten(-2)  # three vectors, out of the hand's frame
         carried = torch.cat(
             (
                 agent_pos[..., PLACE] + (next_hand @ place[..., None])[..., 0],
-                columns_of_matrix(next_hand @ hand.mT @ thing),
+                columns_of_matrix(next_hand @ thing),
             ),
             dim=-1,
         )
         targets = pose.targets + held * (carried - pose.targets) + falls * self._fall(pose) + (1 - stays) * added
         turned = columns_of_matrix(matrix_of_columns(targets[..., 3:]))
         return agent_pos, torch.cat((targets[..., PLACE], turned), dim=-1)
+
+
+def in_the_hand(agent_pos: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """agent_pos (..., P) and the object's pose (..., 9) -> the hand's rotation (..., 3, 3) in the room; the object's
+    position (..., 3) and rotation (..., 3, 3) in the hand."""
+    hand = matrix_of_quaternion(agent_pos[..., ROTATION])
+    place = (hand.mT @ (targets[..., PLACE] - agent_pos[..., PLACE])[..., None])[..., 0]
+    return hand, place, hand.mT @ matrix_of_columns(targets[..., 3:])
+
+
+def _into(hand: Tensor, vectors: Tensor) -> Tensor:
+    """(..., K, 3) of the room -> of the frame ``hand`` (..., 3, 3)."""
+    return vectors @ hand

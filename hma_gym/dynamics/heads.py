@@ -51,7 +51,7 @@ class Scene:
 
     Attributes:
         previous: tokens of the frame before, (..., S...).
-        drawn: what the body draws of it, (..., S, C); None with discrete tokens.
+        drawn: what the body draws of it, (..., S, C); None, or of no size, with discrete tokens.
     """
 
     previous: Tensor

@@ -49,6 +49,9 @@ Conditioning = Literal["shifted", "in_place"]
 #: Where :meth:`Dynamics.act` draws from; tokens have the streams from 0 on.
 ACTION_STREAM = -1
 
+#: So many standard deviations of one step's change are the most that the trunk is told of one.
+UNUSUAL = 10.0
+
 #: Token heads by the name that a checkpoint has for them.
 HEADS: dict[str, type[SoftHeadConfig] | type[MaskGITHeadConfig]] = {
     "soft": FlowHeadConfig,
@@ -203,6 +206,8 @@ class DomainAdapter(nn.Module):
             self.object = nn.Sequential(nn.Linear(2 * self.body.object_size, width), nn.SiLU(), nn.Linear(width, width))
             silence(self.object[2])
         self.register_buffer("corrected", torch.ones(domain.state_dim))
+        self.corrects = True  # whether any is not 0: known to the host, so that no step waits for the device
+        self.register_load_state_dict_post_hook(_note_corrections)  # type: ignore[no-untyped-call]
         self.state_out = nn.Linear(width, max(domain.state_dim, 1))
         self.action_out = _action_head(config.head, max(self.action_size, 1), width)
         self.target_out: nn.Linear | None = None
@@ -273,15 +278,18 @@ class DomainAdapter(nn.Module):
         return embedded
 
     def embed_pose(self, pose: Pose, coasted: Tensor, coasted_targets: Tensor) -> Tensor:
-        """The pose before a frame, its last change, and what ``coast`` foretells, (..., P) and (..., O) -> (..., D)."""
+        """The pose before a frame, its last change, and what ``coast`` foretells, (..., P) and (..., O) -> (..., D).
+
+        Changes beyond anything usual are held: a quaternion that was replaced by its negative is such a one.
+        """
         known, delta_std = pose.known[..., :1], self.get_buffer("delta_std")
         motion = torch.where(known, pose.motions[..., 0, :] / delta_std, 0.0)
         inputs = (
             self.body.features(pose.agent_pos),
-            motion,
+            motion.clamp(-UNUSUAL, UNUSUAL),
             known.float(),
             self.body.features(coasted),
-            (coasted - pose.agent_pos) / delta_std,
+            ((coasted - pose.agent_pos) / delta_std).clamp(-UNUSUAL, UNUSUAL),
         )
         embedded: Tensor = self.pose(torch.cat(inputs, dim=-1))
         if self.object is not None:
@@ -306,6 +314,10 @@ class DomainAdapter(nn.Module):
             return coasted_targets
         above_mean: Tensor = self.target_out(feature).float() * self.get_buffer("target_std")
         return self.get_buffer("target_mean") + above_mean
+
+
+def _note_corrections(adapter: DomainAdapter, incompatible_keys: object = None) -> None:
+    adapter.corrects = bool(adapter.get_buffer("corrected").any())
 
 
 def _action_head(head: SoftHeadConfig | MaskGITHeadConfig, size: int, width: int) -> nn.Linear | NoiseModel:
@@ -336,25 +348,21 @@ class Condition:
         extra: the extra positions, (B, T, Z, D).
         coasted, coasted_targets: next agent_pos and object's pose by motion and action alone, (B, T, P) and (B, T, O),
             own units.
-        drawn, drawn_before: tokens that the body draws at the coasted and at the present pose, (B, T, S, C); None
-            where it draws none.
+        drawn, drawn_before: tokens that the body draws of the coasted and of the present pose, (B, T, S, C); S = C = 0
+            where tokens are discrete.
     """
 
     modulation: Tensor
     extra: Tensor
     coasted: Tensor
     coasted_targets: Tensor
-    drawn: Tensor | None
-    drawn_before: Tensor | None
+    drawn: Tensor
+    drawn_before: Tensor
 
     def joined(self, others: Sequence[Condition], order_B: Tensor) -> Condition:
         """This one's rows and the others', put in order."""
-
-        def join(parts: list[Tensor | None]) -> Tensor | None:
-            return torch.cat([part for part in parts if part is not None])[order_B] if parts[0] is not None else None
-
         fields = [[getattr(part, f.name) for part in (self, *others)] for f in dataclasses.fields(self)]
-        return Condition(*map(join, fields))  # type: ignore[arg-type]
+        return Condition(*(torch.cat(parts)[order_B] for parts in fields))
 
 
 @dataclass(frozen=True)
@@ -367,7 +375,7 @@ class Columns:
     pooled_BTD: Tensor
     coasted_BTP: Tensor
     coasted_BTO: Tensor
-    drawn: Tensor | None
+    drawn: Tensor
 
     def after(self, frames: int) -> Columns:
         """Without the first frames."""
@@ -377,7 +385,7 @@ class Columns:
             self.pooled_BTD[:, frames:],
             self.coasted_BTP[:, frames:],
             self.coasted_BTO[:, frames:],
-            None if self.drawn is None else self.drawn[:, frames:],
+            self.drawn[:, frames:],
         )
 
 
@@ -444,6 +452,7 @@ class Dynamics(nn.Module):
         can spoil this, and are needed where the picture knows more: at contacts.
         """
         self.adapter(index).get_buffer("corrected").copy_(corrected_P)
+        _note_corrections(self.adapter(index))
 
     def freeze_bodies(self) -> None:
         """Leave the bodies as they were trained by themselves."""
@@ -484,8 +493,13 @@ class Dynamics(nn.Module):
             result[rows, :, : adapter.action_size] = adapter.normalise_action(actions[rows, :, : adapter.action_size])
         return result
 
-    def _condition(self, actions_BTA: Tensor, given_BT: Tensor, pose: Pose, domain_B: Tensor) -> Condition:
-        """Modulation and extra positions from normalised actions and proprioception."""
+    def _condition(
+        self, actions_BTA: Tensor, given_BT: Tensor, pose: Pose, domain_B: Tensor, drawn_before: Tensor | None = None
+    ) -> Condition:
+        """Modulation and extra positions from normalised actions and proprioception.
+
+        ``drawn_before`` (B, T, S, C) is what the bodies draw of the present pose, where a rollout knows it already.
+        """
         parts: list[tuple[Tensor | slice, Condition]] = []
         for adapter, rows in self._groups(domain_B):
             domain, body = adapter.domain, adapter.body
@@ -497,7 +511,11 @@ class Dynamics(nn.Module):
             if self.config.action_tokens:  # alike but for their position embedding, as in the paper
                 tokens = embedded[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
                 extra = torch.cat((extra, tokens.to(extra.dtype)), dim=2)
-            drawn, before = self._drawn(body, (coasted, own.agent_pos), (targets, own.targets))
+            drawn = self._drawn(body, coasted, targets)
+            if drawn_before is None:
+                before = self._drawn(body, own.agent_pos, own.targets)
+            else:
+                before = drawn_before[rows]
             modulation = adapter.modulation(embedded + adapter.embed_pose(own, coasted, targets))
             coasted = F.pad(coasted, (0, self.state_size - domain.state_dim))
             targets = F.pad(targets, (0, self.object_size - body.target_dim))
@@ -507,17 +525,25 @@ class Dynamics(nn.Module):
         order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
         return parts[0][1].joined([part for _, part in parts[1:]], order)
 
-    def _drawn(
-        self, body: Body, agent_pos_BTP: tuple[Tensor, Tensor], targets_BTO: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """What two poses look like, (B, T, S, C) each; zeros for a domain without a state, None for discrete tokens."""
+    def _drawn(self, body: Body, agent_pos: Tensor, targets: Tensor) -> Tensor:
+        """What poses (..., P) and (..., X) look like, (..., S, C); zeros for a domain without a state, S = C = 0 for
+        discrete tokens."""
         if self.head.drawn_size is None:
-            return None, None
-        drawn = body.drawn(torch.stack(agent_pos_BTP), torch.stack(targets_BTO))
+            return agent_pos.new_zeros(*agent_pos.shape[:-1], 0, 0)
+        drawn = body.drawn(agent_pos, targets)
         if drawn is None:
             rows, columns, channels = self.head.drawn_size
-            drawn = agent_pos_BTP[0].new_zeros(2, *agent_pos_BTP[0].shape[:2], rows * columns, channels)
-        return drawn[0], drawn[1]
+            return agent_pos.new_zeros(*agent_pos.shape[:-1], rows * columns, channels)
+        return drawn
+
+    def _drawn_rows(self, agent_pos_BP: Tensor, targets_BO: Tensor, domain_B: Tensor) -> Tensor:
+        """The same for rows of any domain, (B, S, C)."""
+        rows, columns, channels = self.head.drawn_size or (0, 0, 0)
+        result = agent_pos_BP.new_zeros(len(domain_B), rows * columns, channels)
+        for adapter, chosen in self._groups(domain_B):
+            P, X = adapter.domain.state_dim, adapter.body.target_dim
+            result[chosen] = self._drawn(adapter.body, agent_pos_BP[chosen, :P], targets_BO[chosen, :X]).float()
+        return result
 
     def _clip_pose(
         self,
@@ -556,7 +582,7 @@ class Dynamics(nn.Module):
     def _embed(self, current: Tensor, masked_BTN: Tensor, condition: Condition) -> Tensor:
         """Tokens of the frames themselves, masked where told, and what the body draws: (B, T, N, D)."""
         embedded = self.head.embed_current(current, masked_BTN)
-        if condition.drawn is None or condition.drawn_before is None:
+        if self.head.drawn_size is None:
             return embedded
         return embedded + self.head.embed_drawn(condition.drawn, condition.drawn_before)
 
@@ -754,7 +780,8 @@ class Dynamics(nn.Module):
         follow them.
         """
         state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain=domain_B)
-        state = dataclasses.replace(state, targets_BO=things[:, 0])
+        drawn = self._drawn_rows(agent_pos[:, 0], things[:, 0], domain_B)
+        state = dataclasses.replace(state, targets_BO=things[:, 0], drawn=drawn)
         kept = [state.tokens]
         for t in range(frames - 1):
             pose = state.pose.after(agent_pos[:, t + 1], things[:, t + 1], actions[:, t], known_BT[:, t])
@@ -765,6 +792,7 @@ class Dynamics(nn.Module):
                 targets_BO=pose.targets,
                 motions_BKP=pose.motions,
                 target_motions_BKO=pose.target_motions,
+                drawn=self._drawn_rows(pose.agent_pos, pose.targets, domain_B),
             )
             kept.append(state.tokens)
         torch.clear_autocast_cache()  # copies of weights made without gradients must not serve the training pass
@@ -838,13 +866,15 @@ class Dynamics(nn.Module):
         if agent_pos_BP is None:
             agent_pos_BP = torch.zeros(B, self.state_size, device=device)
         cache = self.trunk.new_cache(B, self.positions, device, self.position_embedding.dtype)
-        history = self.config.body.history
+        history, agent_pos_BP = self.config.body.history, agent_pos_BP.float()
+        targets_BO = self._sighted(tokens, agent_pos_BP, domain_B)
         return RolloutState(
             tokens=tokens,
-            agent_pos_BP=agent_pos_BP.float(),
-            targets_BO=self._sighted(tokens, agent_pos_BP.float(), domain_B),
+            agent_pos_BP=agent_pos_BP,
+            targets_BO=targets_BO,
             motions_BKP=torch.zeros(B, history, self.state_size, device=device),
             target_motions_BKO=torch.zeros(B, history, self.object_size, device=device),
+            drawn=self._drawn_rows(agent_pos_BP, targets_BO, domain_B),
             actions_BKA=torch.zeros(B, history, self.action_size, device=device),
             acted_BK=torch.zeros(B, history, dtype=torch.bool, device=device),
             keys_BLWND=cache.keys_BLWND,
@@ -896,7 +926,7 @@ class Dynamics(nn.Module):
                     "step with the whole model."
                 )
             agent_pos[rows, :P], things[rows, :X], tokens[rows] = found, thing, drawn.to(tokens.dtype)
-        after = _after(state, tokens, agent_pos, things, action_BA, given_B)
+        after = _after(state, tokens, tokens, agent_pos, things, action_BA, given_B)
         nothing = agent_pos.new_zeros(len(state), self.config.trunk.width)
         targets = F.pad(things, (0, self.target_size - things.shape[1]))
         return dataclasses.replace(after, step_B=state.step_B + 1), StepOutput(tokens, agent_pos, nothing, targets)
@@ -940,6 +970,7 @@ class Dynamics(nn.Module):
             targets_BO=targets_BO,
             motions_BKP=motions_BKP,
             target_motions_BKO=target_motions_BKO,
+            drawn=self._drawn_rows(agent_pos_BP, targets_BO, state.domain_B),
         )
 
     def _sighted(self, tokens: Tensor, agent_pos_BP: Tensor, domain_B: Tensor) -> Tensor:
@@ -988,7 +1019,9 @@ class Dynamics(nn.Module):
         masked = torch.ones(len(state), 1, self.head.positions, dtype=torch.bool, device=blank.device)
         pose = self._rollout_pose(state)
         if self.config.conditioning == "shifted":
-            condition = self._condition(action_BA[:, None], given_B[:, None], pose, state.domain_B)
+            condition = self._condition(
+                action_BA[:, None], given_B[:, None], pose, state.domain_B, state.drawn[:, None]
+            )
             embedded = self._embed(blank, masked, condition) + self.head.embed_previous(state.tokens[:, None])
             return self._pass(state.cache, embedded, condition, 1, in_place)
         condition = self._condition(
@@ -996,6 +1029,7 @@ class Dynamics(nn.Module):
             torch.stack((state.acted_BK[:, 0], given_B), dim=1),
             Pose(*(getattr(pose, f.name).repeat_interleave(2, dim=1) for f in dataclasses.fields(pose))),
             state.domain_B,
+            state.drawn[:, None].repeat_interleave(2, dim=1),
         )
         shown = torch.cat((state.tokens[:, None], blank), dim=1)
         embedded = self._embed(shown, torch.cat((~masked, masked), dim=1), condition)
@@ -1012,7 +1046,8 @@ class Dynamics(nn.Module):
         given_B: Tensor,
     ) -> Columns:
         """A further unmasking pass over the new frame; nothing is committed, the first pass's column stays."""
-        condition = self._condition(action_BA[:, None], given_B[:, None], self._rollout_pose(state), state.domain_B)
+        pose = self._rollout_pose(state)
+        condition = self._condition(action_BA[:, None], given_B[:, None], pose, state.domain_B, state.drawn[:, None])
         embedded = self._embed(tokens[:, None], masked_BN[:, None], condition)
         past = cache
         if self.config.conditioning == "shifted":
@@ -1034,7 +1069,7 @@ class Dynamics(nn.Module):
                 if step:
                     columns = self._next_pass(state, cache, tokens, masked_BN, action_BA, given_B)
                 draw = Draw(state.seed_B, state.step_B, step)
-                scene = Scene(state.tokens, None if columns.drawn is None else columns.drawn[:, 0])
+                scene = Scene(state.tokens, columns.drawn[:, 0])
                 new, order_BN = self.head.sample(columns.tokens_BTND[:, 0], scene, draw, config.temperature)
                 tokens = self.head.merge(tokens, new, masked_BN)
                 masked_BN = unmask(masked_BN, order_BN, masked_after(step, config.decode_steps, positions))
@@ -1045,7 +1080,10 @@ class Dynamics(nn.Module):
             P, X, feature = adapter.domain.state_dim, adapter.domain.target_dim, first.state_BTD[rows, 0]
             agent_pos[rows, :P] = adapter.body.within(adapter.next_state(feature, first.coasted_BTP[rows, 0, :P]))
             targets[rows, :X] = adapter.targets(feature, first.coasted_BTO[rows, 0, :X])
-        after = _after(state, tokens, agent_pos, first.coasted_BTO[:, 0], action_BA, given_B)
+        drawn = first.drawn[:, 0].to(state.drawn.dtype)
+        if any(adapter.corrects for adapter, _ in self._groups(state.domain_B)):
+            drawn = self._drawn_rows(agent_pos, first.coasted_BTO[:, 0], state.domain_B)
+        after = _after(state, tokens, drawn, agent_pos, first.coasted_BTO[:, 0], action_BA, given_B)
         after = dataclasses.replace(
             after, keys_BLWND=cache.keys_BLWND, values_BLWND=cache.values_BLWND, step_B=cache.step_B
         )
@@ -1053,13 +1091,21 @@ class Dynamics(nn.Module):
 
 
 def _after(
-    state: RolloutState, tokens: Tensor, agent_pos: Tensor, things_BO: Tensor, action_BA: Tensor, given_B: Tensor
+    state: RolloutState,
+    tokens: Tensor,
+    drawn: Tensor,
+    agent_pos: Tensor,
+    things_BO: Tensor,
+    action_BA: Tensor,
+    given_B: Tensor,
 ) -> RolloutState:
-    """A step on, but for the cache: the new frame's tokens, agent_pos (B, P) and the object's pose, and the action."""
+    """A step on, but for the cache: the new frame's tokens, what the bodies draw of it, agent_pos (B, P) and the
+    object's pose, and the action."""
     pose = state.pose.after(agent_pos, things_BO, action_BA, given_B)
     return dataclasses.replace(
         state,
         tokens=tokens,
+        drawn=drawn,
         agent_pos_BP=agent_pos,
         targets_BO=things_BO,
         motions_BKP=pose.motions,

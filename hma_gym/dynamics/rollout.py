@@ -31,6 +31,7 @@ class RolloutState:
         motions_BKP: the last K changes of agent_pos, the latest first, same units; 0 before a start, which is taken to
             be at rest.
         target_motions_BKO: those of the object's pose, likewise.
+        drawn: the last frame as the bodies drew it, (B, S, C); S = C = 0 where tokens are discrete.
         actions_BKA: the actions that led to them, normalised; meaningless where ``acted_BK`` is False.
         acted_BK: bool, False before a start and where no action was given.
         keys_BLWND, values_BLWND, step_B: the cache (see :class:`hma_gym.nn.transformer.Cache`).
@@ -43,6 +44,7 @@ class RolloutState:
     targets_BO: Tensor
     motions_BKP: Tensor
     target_motions_BKO: Tensor
+    drawn: Tensor
     actions_BKA: Tensor
     acted_BK: Tensor
     keys_BLWND: Tensor

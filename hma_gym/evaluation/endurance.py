@@ -79,6 +79,7 @@ class EnduranceReport:
 
     Attributes:
         rollouts, steps: how many, how long.
+        static_pixels: how many pixels count as background.
         background_psnr_curve: dB at each step over the static pixels, mean over rollouts.
         background_drift_db: the last 20 steps' mean minus the value around step 20, mean over rollouts; below 0 is
             worse.
@@ -90,6 +91,7 @@ class EnduranceReport:
 
     rollouts: int
     steps: int
+    static_pixels: int
     background_psnr_curve: tuple[float, ...]
     background_drift_db: float
     worst_background_drift_db: float
@@ -318,6 +320,7 @@ def measure_endurance(
     return EnduranceReport(
         rollouts=count,
         steps=steps,
+        static_pixels=int(static_HW.sum()),
         background_psnr_curve=tuple(float(value) for value in psnr_BT.mean(axis=0)),
         background_drift_db=float(drift_B.mean()),
         worst_background_drift_db=float(drift_B.min()),

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,6 +44,7 @@ from hma_gym.policies.sb3 import SB3Policy
 
 _PURPOSE = "reinforcement learning"
 _ENCODER = ((32, 64), 1, 32)  # widths, blocks and keypoints of the image encoder
+_HEADS = [128, 128]  # hidden widths of actor and critic
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class RLOptions:
         clone_steps: optimiser steps of the cloning, 64 frames each.
         world: in which it learns: the ``model``, or a ``sketch`` of it by the body alone (see
             :class:`hma_gym.dynamics.steppers.Sketch`), many times faster. It is evaluated in the model.
-        freeze_encoder: keep the cloned actor's image encoder as it is, which has seen real frames only.
+        freeze_encoder: keep the cloned actor's image encoder as it is, which has seen real frames only. PPO then sees
+            each frame once, and learns from what the encoder said of it.
         critic_steps: the first steps of PPO after cloning, in which it learns the value alone.
         steps: environment steps to learn from, all environments together.
         num_envs: environments at once.
@@ -156,30 +159,92 @@ def make_model(options: RLOptions, env: Any, checkpoint: Checkpoint) -> Any:
     policy_arguments: dict[str, Any] = {
         "features_extractor_class": _extractor_class(),
         "features_extractor_kwargs": {"mean": domain.state_mean, "std": domain.state_std},
-        "net_arch": [128, 128],
     }
-    shared = {"learning_rate": options.lr, "gamma": options.gamma, "seed": options.seed, "device": options.device}
-    if options.algorithm == "sac":
-        return package.SAC(
-            "MultiInputPolicy",
-            env,
-            buffer_size=options.buffer,
-            batch_size=64,
-            learning_starts=options.rollout * options.num_envs,
-            policy_kwargs=policy_arguments,
-            **shared,
-        )
-    batch = options.rollout * options.num_envs
-    return package.PPO(
+    if options.algorithm == "ppo":
+        return _ppo(options, "MultiInputPolicy", env, policy_arguments)
+    return package.SAC(
         "MultiInputPolicy",
+        env,
+        buffer_size=options.buffer,
+        batch_size=64,
+        learning_starts=options.rollout * options.num_envs,
+        policy_kwargs={**policy_arguments, "net_arch": _HEADS},
+        **_shared(options),
+    )
+
+
+def _shared(options: RLOptions) -> dict[str, Any]:
+    return {"learning_rate": options.lr, "gamma": options.gamma, "seed": options.seed, "device": options.device}
+
+
+def _ppo(options: RLOptions, policy: str, env: Any, policy_arguments: dict[str, Any]) -> Any:
+    batch = options.rollout * options.num_envs
+    return require("stable_baselines3", extra="rl", purpose=_PURPOSE).PPO(
+        policy,
         env,
         n_steps=options.rollout,
         batch_size=max(size for size in range(1, min(256, batch) + 1) if batch % size == 0),
         n_epochs=4,
         clip_range=0.1,
-        policy_kwargs={**policy_arguments, "log_std_init": float(np.log(options.exploration))},
-        **shared,
+        policy_kwargs={
+            **policy_arguments,
+            "net_arch": _HEADS,
+            "log_std_init": float(np.log(options.exploration)),
+        },
+        **_shared(options),
     )
+
+
+@functools.cache
+def _features_env_class() -> type:
+    """The class, made when first asked for: its base comes from an optional package."""
+    base = require("stable_baselines3.common.vec_env", extra="rl", purpose=_PURPOSE).VecEnvWrapper
+
+    class FeaturesEnv(base):  # type: ignore[misc, valid-type]
+        """A vector environment whose observations are what a policy's features extractor says of them, (N, D)."""
+
+        def __init__(self, env: Any, policy: Any) -> None:
+            bounds = np.full(policy.features_dim, np.inf, np.float32)
+            super().__init__(env, gymnasium.spaces.Box(-bounds, bounds))
+            self._policy = policy
+
+        def reset(self) -> NDArray[np.float32]:
+            return self._features(self.venv.reset())
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = self.venv.step_wait()
+            for info in infos:
+                if "terminal_observation" in info:
+                    last = {key: value[None] for key, value in info["terminal_observation"].items()}
+                    info["terminal_observation"] = self._features(last)[0]
+            return self._features(observations), rewards, dones, infos
+
+        @torch.no_grad()
+        def _features(self, observations: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+            tensors, _ = self._policy.obs_to_tensor(observations)
+            features: Tensor = self._policy.extract_features(tensors)
+            return features.cpu().numpy()
+
+    return FeaturesEnv
+
+
+def _learner(options: RLOptions, env: Any, model: Any) -> Any:
+    """What learns in the place of ``model``: itself, or PPO on what its frozen encoder says, with the same heads."""
+    if options.algorithm != "ppo" or options.clone is None or not options.freeze_encoder:
+        return model
+    model.policy.set_training_mode(False)
+    seen = _features_env_class()(env, model.policy)
+    learner = _ppo(options, "MlpPolicy", seen, {})
+    learner.num_timesteps = model.num_timesteps
+    _copy_heads(model, learner)
+    return learner
+
+
+def _copy_heads(source: Any, target: Any) -> None:
+    """Everything after the features, and the count of steps."""
+    heads = {name: value for name, value in source.policy.state_dict().items() if "features_extractor" not in name}
+    target.policy.load_state_dict({**target.policy.state_dict(), **heads})
+    target.num_timesteps = source.num_timesteps
 
 
 def clone_policy(
@@ -309,21 +374,27 @@ def train_rl(options: RLOptions) -> Path:
         if done not in _logged(options):  # killed between the two
             _log(options, done, score_model(model, options, checkpoint))
     else:
-        if options.clone is not None:
+        cloned = options.out / "clone.zip"
+        if cloned.exists():
+            model = type(model).load(cloned, env=env, device=options.device)
+        elif options.clone is not None:
             clone_policy(
                 model, options.clone, steps=options.clone_steps, lr=1e-3, seed=options.seed, progress=options.progress
             )
-            _keep(model, options.out / "clone.zip")
+            _keep(model, cloned)
         _log(options, 0, score_model(model, options, checkpoint))
     path = kept[-1] if kept else options.out / "clone.zip"
     critic_steps = options.critic_steps if options.clone is not None and options.algorithm == "ppo" else 0
+    learner = _learner(options, env, model)
     while done < options.steps:
         stop = min(done + options.evaluate_every, options.steps)
         if done < critic_steps:
             stop = min(stop, critic_steps)
-        _hold(model, options, actor=done < critic_steps)
-        model.learn(stop - done, reset_num_timesteps=done == 0, progress_bar=False)
-        done = model.num_timesteps
+        _hold(learner, options, actor=done < critic_steps)
+        learner.learn(stop - done, reset_num_timesteps=done == 0, progress_bar=False)
+        done = learner.num_timesteps
+        if learner is not model:
+            _copy_heads(learner, model)
         path = _keep(model, options.out / f"step-{done:07d}.zip")
         _log(options, done, score_model(model, options, checkpoint))
     env.close()

@@ -50,7 +50,7 @@ def test_rl_stops_where_the_dream_is_still_believed(tmp_path: Path) -> None:
     assert rl.stopping_point(log[3:], 0.15) == 30
     config = rl.RlConfig(out=tmp_path, seeds=(5,))
     won = {
-        (rl.TRUTH, "before-5"): {0: False, 1: False},
+        (rl.TRUTH, "before"): {0: False, 1: False},
         (rl.TRUTH, "after-5"): {0: True, 1: False},
         (rl.DREAM, "after-5"): {0: True, 1: True},
     }

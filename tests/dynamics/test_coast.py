@@ -28,7 +28,7 @@ def _coast(does: tuple[float, float, float] | None = None, moving: bool = True) 
     torch.manual_seed(0)
     coast = ManipulationCoast(handling(), history=2, octaves=2, width=16, layers=2).requires_grad_(False)
     if does is not None:
-        coast.network[-1].bias[-3:] = torch.tensor(does)  # type: ignore[operator]
+        coast.handling[-1].bias[-3:] = torch.tensor(does)  # type: ignore[operator]
         if moving:
             torch.nn.init.normal_(coast.inertia.weight[:, 2 * (9 + 1) :], std=0.3)  # of actions: motions would build up
     return coast
@@ -100,7 +100,7 @@ def test_what_is_let_go_falls_as_things_fall_and_ends_where_things_lie(stride: i
     """Positions are a second time the sum of accelerations, 9.81 m/s^2 at 20 Hz."""
     torch.manual_seed(0)
     coast = ManipulationCoast(handling(stride=stride), history=2, octaves=2, width=16, layers=2).requires_grad_(False)
-    coast.network[-1].bias[-3:] = torch.tensor(FALL)  # type: ignore[operator]
+    coast.handling[-1].bias[-3:] = torch.tensor(FALL)  # type: ignore[operator]
     before = _start(8)
     pose, actions, given = before, torch.zeros(8, 4 * stride), torch.ones(8, dtype=torch.bool)
     pose = dataclasses.replace(pose, actions=torch.zeros(8, 2, 4 * stride))
@@ -149,19 +149,47 @@ def test_a_held_object_keeps_its_pose_in_the_hand() -> None:
         np.testing.assert_allclose(now, then, atol=1e-4)
 
 
-def test_what_the_network_adds_is_in_units_of_a_usual_step() -> None:
+def test_what_the_network_adds_is_in_units_of_a_usual_step_in_the_hand_s_frame() -> None:
     coast = _coast(HOLD, moving=False)
-    coast.network[-1].bias[-12:-3] = torch.tensor([1.0, -2.0, 0.5] + [0.0] * 6)  # type: ignore[operator]
+    coast.handling[-1].bias[-12:-3] = torch.tensor([1.0, -2.0, 0.5] + [0.0] * 6)  # type: ignore[operator]
     before = _start(3)
     after = _coasted(coast, before, 2)
-    pushed = 2 * torch.tensor([1.0, -2.0, 0.5]) * STEP[:3]
+    hand = Rotation.from_quat(before.agent_pos[:, 3:7].numpy())
+    pushed = torch.from_numpy(hand.apply((2 * torch.tensor([1.0, -2.0, 0.5]) * STEP[:3]).numpy())).float()
     torch.testing.assert_close(after.targets[:, :3], before.targets[:, :3] + pushed)
     torch.testing.assert_close(after.targets[:, 3:], before.targets[:, 3:])
 
 
+def test_the_same_happens_anywhere_on_the_table_and_whichever_way_around() -> None:
+    coast, given = _coast((0.0, 0.0, 0.0), moving=False), torch.ones(6, dtype=torch.bool)
+    for parameter in coast.handling.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    turn, shift = Rotation.from_euler("z", 0.9), np.array([0.4, -0.3, 0.0])
+
+    def elsewhere(pose: Pose) -> Pose:
+        places = [turn.apply(vectors[:, :3].numpy()) + shift for vectors in (pose.agent_pos, pose.targets)]
+        quaternion = (turn * Rotation.from_quat(pose.agent_pos[:, 3:7].numpy())).as_quat()
+        columns = [turn.apply(pose.targets[:, i : i + 3].numpy()) for i in (3, 6)]
+        agent_pos = np.concatenate((places[0], quaternion, pose.agent_pos[:, 7:].numpy()), axis=1)
+        targets = np.concatenate((places[1], *columns), axis=1)
+        return dataclasses.replace(
+            pose, agent_pos=torch.from_numpy(agent_pos).float(), targets=torch.from_numpy(targets).float()
+        )
+
+    here, there = _start(6), elsewhere(_start(6))
+    for pose in (here, there):  # they fall, whichever way they moved
+        pose.target_motions[..., :2] = 0.0
+        pose.target_motions[..., 2] = -0.01
+    action = torch.ones(6, 4)
+    found = coast(here, action, given, torch.Tensor.clone)[1]
+    wanted = elsewhere(dataclasses.replace(here, targets=found)).targets
+    torch.testing.assert_close(coast(there, action, given, torch.Tensor.clone)[1], wanted, rtol=0.0, atol=1e-5)
+    assert float((found - here.targets)[:, :3].norm(dim=-1).min()) > 1e-4
+
+
 def test_a_rotation_stays_one() -> None:
     coast = _coast((0.0, 1.0, -30.0))
-    torch.nn.init.normal_(coast.network[-1].weight)  # type: ignore[arg-type]
+    torch.nn.init.normal_(coast.handling[-1].weight)  # type: ignore[arg-type]
     after = _coasted(coast, _start(8), 20)
     first, second = after.targets[:, 3:6], after.targets[:, 6:]
     torch.testing.assert_close(first.norm(dim=-1), torch.ones(8))

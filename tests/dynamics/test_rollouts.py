@@ -11,6 +11,7 @@ from torch import Tensor
 from toy_dynamics import TRUNK, batch, begin, domain, handling, model, rollout, same, tokens
 
 from hma_gym.domains import Domain
+from hma_gym.dynamics.body import Body
 from hma_gym.dynamics.masking import masked_after
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.dynamics.rollout import RolloutState
@@ -42,7 +43,26 @@ def _played(dynamics: Dynamics, clip: dict[str, Tensor]) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("kind", KINDS)
 def test_shifted_rollout_equals_one_uncached_pass(kind: str, modulation: str, domains: tuple) -> None:  # type: ignore[type-arg]
     trunk = dataclasses.replace(TRUNK, modulation=modulation)  # type: ignore[arg-type]
-    dynamics = model(kind, *domains, trunk=trunk)
+    _compare_with_one_pass(kind, model(kind, *domains, trunk=trunk), domains)
+
+
+def test_without_corrections_a_frame_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamics, drawn = model("soft", *MIXED), []
+    for index, owner in enumerate(dynamics.domains):
+        dynamics.set_corrected(index, torch.zeros(owner.state_dim))
+    twin = model("soft", *MIXED, seed=1)
+    assert twin.adapter(0).corrects
+    twin.load_state_dict(dynamics.state_dict())
+    assert not twin.adapter(0).corrects and not twin.adapter(1).corrects
+    _compare_with_one_pass("soft", twin, MIXED)
+    clip = batch("soft", twin, 2, 1)
+    state, draw = begin(twin, clip), Body.drawn
+    monkeypatch.setattr(Body, "drawn", lambda self, *poses: drawn.append(1) or draw(self, *poses))
+    twin.step(state, clip["actions"][:, 0])
+    assert len(drawn) == 2  # one of each domain
+
+
+def _compare_with_one_pass(kind: str, dynamics: Dynamics, domains: tuple) -> None:  # type: ignore[type-arg]
     clip = batch(kind, dynamics, 3, FRAMES)
     shown, pos, things, features = _played(dynamics, clip)
     assert things.shape[-1] == (9 if kind == "soft" and any(owner.object_turns for owner in domains) else 0)

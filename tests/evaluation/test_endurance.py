@@ -147,3 +147,27 @@ def test_ground_truth_under_recorded_actions_is_the_recording(tmp_path: Path) ->
         np.testing.assert_array_equal(true.frames_BTHWC[b, :-1].numpy(), episode.images_THWC[1:])
         np.testing.assert_allclose(true.agent_pos_BTP[b, :-1].numpy(), episode.agent_pos_TP[1:], atol=1e-6)
         np.testing.assert_allclose(true.targets_BTX[b, :-1].numpy(), episode.obs["object"][1:, :3], atol=1e-6)
+
+
+@pytest.mark.gl
+def test_the_benchmark_measures_ground_truth_beside_the_model(lift_folder: Path, tmp_path: Path) -> None:
+    recording = CollectConfig(tmp_path / "one.hdf5", episodes=2, workers=1, seed=3, steps=6)
+    path = collect(recording, progress=False)
+    reports = endurance(
+        EnduranceConfig(
+            data=path,
+            checkpoint=str(lift_folder),
+            rollouts=2,
+            kinds=("random", "recorded"),
+            rows=6,
+            steps=41,
+            split=None,
+            truth=True,
+            out=tmp_path,
+            progress=False,
+        )
+    )
+    assert list(reports) == ["random", "random, ground truth", "recorded", "recorded, ground truth"]
+    for kind in ("random", "recorded"):  # nothing moves where nothing moved in ground truth
+        assert min(reports[f"{kind}, ground truth"].background_psnr_curve) > 40.0
+    assert reports["random, ground truth"].cube_counts[1] > 0  # and the cube is there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hma_gym.envs.sb3 import make_sb3_env
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import DatasetError, InvalidArgument, ResumeError
+from hma_gym.learning import rl
 from hma_gym.learning.rl import RLOptions, Score, clone_policy, make_model, train_rl
 from hma_gym.policies.loading import EpisodeSeed, load_policy
 from hma_gym.policies.sb3 import load_sb3
@@ -146,6 +148,32 @@ def test_first_the_critic_learns_then_the_actor_and_never_its_encoder(
         ("value_net", True, True),
     ):
         assert changed(clone, critic, part) == by_critic and changed(critic, actor, part) == by_actor, part
+
+
+def test_learning_on_features_is_learning_on_images(toy: Checkpoint, tmp_path: Path) -> None:
+    """The same actions, values and bootstrapped last observations, as images and as what the encoder says of them."""
+    options = RLOptions(out=tmp_path, clone=tmp_path, num_envs=2, rollout=4)
+    envs = HMAVectorEnv(2, checkpoint=toy, obs_type="pixels_agent_pos", max_episode_steps=3, autoreset_mode="SameStep")
+    env = make_sb3_env(envs)
+    model = make_model(options, env, toy)
+    learner = rl._learner(options, env, model)
+    assert learner is not model
+    assert rl._learner(dataclasses.replace(options, freeze_encoder=False), env, model) is model
+    shown = [env.reset()]
+    seen = [learner.env._features(shown[0])]  # type: ignore[attr-defined]
+    action = env.action_space.sample()[None].repeat(2, axis=0)
+    learner.env.step_async(action)
+    told, _, _, _ = learner.env.step_wait()
+    shown.append(envs.observe())
+    seen.append(told)
+    for images, features in zip(shown, seen, strict=True):
+        actions = [m.predict(x, deterministic=True)[0] for m, x in ((model, images), (learner, features))]
+        np.testing.assert_allclose(*actions, atol=1e-5)
+    learner.learn(8)
+    rl._copy_heads(learner, model)
+    assert model.num_timesteps == 8
+    actions = [m.predict(x, deterministic=True)[0] for m, x in ((model, shown[0]), (learner, seen[0]))]
+    np.testing.assert_allclose(*actions, atol=1e-5)
 
 
 @pytest.mark.gl

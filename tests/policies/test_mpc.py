@@ -151,7 +151,7 @@ def handling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {"target_mean": place + turn, "target_std": (0.05,) * 3 + (0.3,) * 6, "object_turns": 4}
     toy = toy_checkpoint(dataclasses.replace(toy_domain(), target_dim=9, **fields))
     toy.dynamics.set_corrected(0, torch.zeros(9))
-    last = toy.dynamics.adapter(0).body.coast.network[-1]  # type: ignore[union-attr]
+    last = toy.dynamics.adapter(0).body.coast.handling[-1]  # type: ignore[union-attr]
     last.bias.data[-3] = -1.0  # type: ignore[union-attr, index]  # the object does not just stay where it is
     return save_checkpoint(toy, tmp_path_factory.mktemp("handling") / "toy", half=False)
 

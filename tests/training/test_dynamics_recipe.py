@@ -305,6 +305,8 @@ def test_options_are_checked(material: Path, tmp_path: Path) -> None:
         _options(material, tmp_path, names=("a",))
     with pytest.raises(InvalidArgument, match="object_turns must be 0 or more, got 6 and -1"):
         _options(material, tmp_path, body_steps=6, object_turns=-1)
+    with pytest.raises(InvalidArgument, match="refresh must be 0 or more, got -1"):
+        _options(material, tmp_path, refresh=-1)
     with pytest.raises(InvalidArgument, match="one or more dataset files"):
         _options(material, tmp_path, data=())
     with pytest.raises(DatasetError, match="longer than a clip"):

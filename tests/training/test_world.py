@@ -19,10 +19,13 @@ from hma_gym.training.recipes.world import WorldOptions, image_size, train_world
 ROWS = 24
 
 
-def record(path: Path, action_dim: int, state_dim: int, size: int = 32, handles: bool = False) -> Path:
+def record(
+    path: Path, action_dim: int, state_dim: int, size: int = 32, handles: bool = False, blind: bool = False
+) -> Path:
     """Twelve episodes of a bright square that the first two actions move; rewarded in the right half.
 
-    Where it ``handles`` a thing, agent_pos is a hand's, and robosuite's observation tells of the thing.
+    Where it ``handles`` a thing, agent_pos is a hand's, and robosuite's observation tells of the thing. A
+    ``blind`` file has no images.
     """
     writer = EpisodeWriter(path, env_args={"env_name": "Own", "type": 1, "env_kwargs": {}}, info={})
     for index in range(12):
@@ -42,6 +45,8 @@ def record(path: Path, action_dim: int, state_dim: int, size: int = 32, handles:
                 (agent_pos_TP[:, :3] - 0.01, np.tile(turned, (ROWS, 1)), np.zeros((ROWS, 3))), axis=1
             )
             obs = {"object": thing, EEF_POS: agent_pos_TP[:, :3]}
+        if blind:
+            images_THWC = np.zeros((ROWS, 0, 0, 3), np.uint8)
         rewards_T = (place_T2[:, 0] > size / 2).astype(np.float32)
         writer.write(
             index,
@@ -114,6 +119,16 @@ def test_a_robot_that_handles_a_thing(tmp_path: Path) -> None:
     again, *_ = envs.step(action)
     assert np.array_equal(first, again)
     envs.close()
+
+
+def test_files_without_images_are_taken_along(tmp_path: Path) -> None:
+    blind = record(tmp_path / "blind.hdf5", 4, 9, handles=True, blind=True)
+    seen = record(tmp_path / "seen.hdf5", 4, 9, handles=True)
+    options = WorldOptions((blind, seen), tmp_path / "run", names=("arm", "arm"), size="toy", steps=2)
+    checkpoint = load_checkpoint(train_world(options))
+    assert checkpoint.provenance["episodes"] == [24] and checkpoint.judge is not None
+    with pytest.raises(DatasetError, match="data must have one file with images"):
+        train_world(WorldOptions((blind,), tmp_path / "other"))
 
 
 def test_files_must_agree_on_the_size_of_images(two_robots: tuple[Path, Path], tmp_path: Path) -> None:

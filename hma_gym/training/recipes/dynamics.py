@@ -78,6 +78,8 @@ class DynamicsOptions:
         batch_size, frames: clips a step, and transitions a clip.
         rollout_share, rollout_max: share of batches that see the model's own frames, and their longest rollout.
         token_noise: largest noise on the tokens of the frame before (of unit deviation), soft tokens only.
+        refresh: in a rollout, soft tokens make a round trip through the tokenizer every so many steps (see
+            :mod:`hma_gym.dynamics.refresh`); 0 for never, which will do where much ``token_noise`` was trained with.
         action_mask: share of rows whose actions are hidden (passive, policy and full dynamics).
         stride: environment steps per model step.
         object_turns: in how many positions of a full turn about its upright axis the object looks alike, where the data
@@ -111,6 +113,7 @@ class DynamicsOptions:
     rollout_share: float = 0.0
     rollout_max: int = 32
     token_noise: float = 0.1
+    refresh: int = 8
     action_mask: float = 0.03
     stride: int = 1
     object_turns: int = 1
@@ -134,6 +137,8 @@ class DynamicsOptions:
             raise InvalidArgument(
                 f"body_steps and object_turns must be 0 or more, got {self.body_steps} and {self.object_turns}."
             )
+        if self.refresh < 0:
+            raise InvalidArgument(f"refresh must be 0 or more, got {self.refresh}.")
         if self.starts < 1:
             raise InvalidArgument(f"starts must be 1 or more, got {self.starts}.")
 
@@ -155,7 +160,7 @@ def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale
     return DynamicsConfig(
         trunk=named_trunk(options.size),
         head=head,
-        refresh=8 if tokenizer.kind == "soft" else 0,
+        refresh=options.refresh if tokenizer.kind == "soft" else 0,
         mask_full=0.9 if tokenizer.kind == "soft" else 0.6,
         rollout_share=options.rollout_share,
         rollout_max=options.rollout_max,

@@ -35,6 +35,7 @@ class WorldOptions:
 
     Attributes:
         data: robomimic HDF5 files with images of one size; the action and state dims of robots (domains) may differ.
+            Files without images teach the body alone how things move; a domain needs one with images.
         out: folder of the run; the checkpoint goes to ``<out>/checkpoint``.
         names: names of the files' domains, one a file; files of the same name belong to one domain. By default the
             files' stems.
@@ -86,6 +87,21 @@ def image_size(files: tuple[Path, ...]) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def files_with_images(files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Those files that have images, in order; the others teach the dynamics' bodies alone.
+
+    Raises:
+        DatasetError: none has, or a file cannot be read.
+    """
+    shown = tuple(file for file in files if open_dataset(file).image_key is not None)
+    if not shown:
+        raise DatasetError(
+            f"data must have one file with images, got {[str(file) for file in files]}; render them with: hma-gym data "
+            "import FILE."
+        )
+    return shown
+
+
 def has_both_outcomes(file: Path) -> bool:
     """Whether the training episodes of a file have rows with reward and rows without."""
     dataset = open_dataset(file)
@@ -100,12 +116,13 @@ def train_world(options: WorldOptions) -> Path:
         DatasetError: a file cannot be read, lacks a split, or the images differ in size.
         ResumeError: ``out`` holds a run with other options.
     """
-    size = image_size(options.data)
+    shown = files_with_images(options.data)
+    size = image_size(shown)
     tokenizer, _, _ = train_tokenizer(
         RECIPES[options.kind](
             TokenizerOptions(
-                data=options.data[0],
-                more_data=options.data[1:],
+                data=shown[0],
+                more_data=shown[1:],
                 out=options.out / "tokenizer",
                 kind=options.kind,
                 minutes=TOKENIZER_SHARE * options.minutes,
@@ -118,10 +135,10 @@ def train_world(options: WorldOptions) -> Path:
         )
     )
     judge = None
-    if options.judge == "yes" or (options.judge == "auto" and has_both_outcomes(options.data[0])):
+    if options.judge == "yes" or (options.judge == "auto" and has_both_outcomes(shown[0])):
         judge = train_judge(
             JudgeTrainConfig(
-                data=options.data[0],
+                data=shown[0],
                 out=options.out / "judge",
                 tokenizer=tokenizer,
                 minutes=JUDGE_SHARE * options.minutes,
