@@ -193,6 +193,7 @@ class LearnedWorld:
                 [self.tokenizer.encode(part) for part in self._bank_frames.split(_ENCODE_BATCH)]
             )
             self._bank_codes = torch.cat([self._codes(part) for part in self._bank_frames.split(_ENCODE_BATCH)])
+            self._bank_known = self._known(self._bank_tokens, self._bank_agent_pos, _ENCODE_BATCH)
 
     def nearest_start(self, frame_HWC: NDArray[np.uint8]) -> int:
         """Index of the bank's frame with the least squared pixel difference."""
@@ -212,6 +213,7 @@ class LearnedWorld:
             self._bank_codes.index_select(0, index),
             self._bank_agent_pos.index_select(0, index),
             seed_R,
+            tuple(known.index_select(0, index) for known in self._bank_known),
         )
 
     def begin_from(self, context: Context, seed_R: NDArray[np.int64]) -> Rows:
@@ -234,7 +236,8 @@ class LearnedWorld:
                 torch.from_numpy(np.array(context.actions_RTA)).to(self.device),
             )
         )
-        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], codes_RTD[:, 0], agent_pos[:, 0], seed_R)
+        known = self._known(tokens_RT[:, 0], agent_pos[:, 0], 1)
+        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], codes_RTD[:, 0], agent_pos[:, 0], seed_R, known)
         for t in range(1, frames_RT.shape[1]):
             given = self._pad(agent_pos[:, t], self.dynamics.state_size) if agent_pos.shape[1] > 1 else None
             rollout = self.dynamics.observe(
@@ -353,6 +356,15 @@ class LearnedWorld:
         """(N, P) in its own units."""
         return rows.rollout.agent_pos_BP[:, : self.domain.state_dim]
 
+    def _known(self, tokens_R: Tensor, agent_pos_RP: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """What the bodies see and draw of first frames, worked out in batches that do not depend on who begins."""
+        found = []
+        for tokens, pose in zip(tokens_R.split(batch), agent_pos_RP.split(batch), strict=True):
+            domain = torch.full((len(tokens),), self._domain_index, dtype=torch.int64, device=self.device)
+            padded = self._pad(pose, self.dynamics.state_size).contiguous()
+            found.append(self.dynamics.start(tokens, padded, torch.zeros_like(domain), domain))
+        return torch.cat([state.targets_BO for state in found]), torch.cat([state.drawn for state in found])
+
     def _rows(
         self,
         frames_RHWC: Tensor,
@@ -360,13 +372,14 @@ class LearnedWorld:
         codes_RD: Tensor,
         agent_pos_RP: Tensor,
         seed_R: NDArray[np.int64],
+        known: tuple[Tensor, ...],
     ) -> Rows:
         R, kept = len(seed_R), max(self.frames_for_judge, 1)
         domain = torch.full((R,), self._domain_index, dtype=torch.int64, device=self.device)
         agent_pos = self._pad(agent_pos_RP, self.dynamics.state_size).contiguous()
         tokens_R = tokens_R.contiguous()
         return Rows(
-            self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain),
+            self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain, (known[0], known[1])),
             tokens_R[:, None].repeat_interleave(self.window, dim=1),
             frames_RHWC[:, None].repeat_interleave(kept, dim=1),
             codes_RD[:, None].repeat_interleave(kept, dim=1),

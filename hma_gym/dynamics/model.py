@@ -838,7 +838,12 @@ class Dynamics(nn.Module):
     # ------------------------------------------------------------------ rollouts
 
     def start(
-        self, tokens: Tensor, agent_pos_BP: Tensor | None, seed_B: Tensor, domain: str | Tensor | None = None
+        self,
+        tokens: Tensor,
+        agent_pos_BP: Tensor | None,
+        seed_B: Tensor,
+        domain: str | Tensor | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> RolloutState:
         """The state of B rollouts that begin at one real frame; the body reads off it where the object is.
 
@@ -847,6 +852,7 @@ class Dynamics(nn.Module):
             agent_pos_BP: raw units; None for domains without a state.
             seed_B: int64; same seed and actions, same frames.
             domain: name, or int64 indices (B,), or None where the model has one domain.
+            known: ``targets_BO`` and ``drawn`` of such a state, where they were worked out before.
 
         Raises:
             InvalidArgument: tokens of another kind or grid than the model's, or no domain where there are several.
@@ -867,14 +873,17 @@ class Dynamics(nn.Module):
             agent_pos_BP = torch.zeros(B, self.state_size, device=device)
         cache = self.trunk.new_cache(B, self.positions, device, self.position_embedding.dtype)
         history, agent_pos_BP = self.config.body.history, agent_pos_BP.float()
-        targets_BO = self._sighted(tokens, agent_pos_BP, domain_B)
+        if known is None:
+            targets_BO = self._sighted(tokens, agent_pos_BP, domain_B)
+            known = targets_BO, self._drawn_rows(agent_pos_BP, targets_BO, domain_B)
+        targets_BO, drawn = known
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP,
             targets_BO=targets_BO,
             motions_BKP=torch.zeros(B, history, self.state_size, device=device),
             target_motions_BKO=torch.zeros(B, history, self.object_size, device=device),
-            drawn=self._drawn_rows(agent_pos_BP, targets_BO, domain_B),
+            drawn=drawn,
             actions_BKA=torch.zeros(B, history, self.action_size, device=device),
             acted_BK=torch.zeros(B, history, dtype=torch.bool, device=device),
             keys_BLWND=cache.keys_BLWND,

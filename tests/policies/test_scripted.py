@@ -123,7 +123,9 @@ def test_the_batched_policy_keeps_the_protocol() -> None:
 
 
 def test_wrong_settings_say_what_is_right() -> None:
-    with pytest.raises(UnknownName, match="unknown mode of the scripted policy 'juggle'; choose one of: drop, expert"):
+    with pytest.raises(
+        UnknownName, match="unknown mode of the scripted policy 'juggle'; choose one of: clumsy, drop, expert"
+    ):
         ScriptedConfig("juggle")
     with pytest.raises(InvalidArgument, match=r"competence must lie in \[0, 1\], got 1.5"):
         ScriptedConfig(competence=1.5)
