@@ -213,7 +213,7 @@ class LearnedWorld:
             self._bank_codes.index_select(0, index),
             self._bank_agent_pos.index_select(0, index),
             seed_R,
-            tuple(known.index_select(0, index) for known in self._bank_known),
+            (self._bank_known[0].index_select(0, index), self._bank_known[1].index_select(0, index)),
         )
 
     def begin_from(self, context: Context, seed_R: NDArray[np.int64]) -> Rows:
@@ -362,8 +362,9 @@ class LearnedWorld:
         for tokens, pose in zip(tokens_R.split(batch), agent_pos_RP.split(batch), strict=True):
             domain = torch.full((len(tokens),), self._domain_index, dtype=torch.int64, device=self.device)
             padded = self._pad(pose, self.dynamics.state_size).contiguous()
-            found.append(self.dynamics.start(tokens, padded, torch.zeros_like(domain), domain))
-        return torch.cat([state.targets_BO for state in found]), torch.cat([state.drawn for state in found])
+            found.append(self.dynamics.first_look(tokens, padded, domain))
+        targets, drawn = zip(*found, strict=True)
+        return torch.cat(targets), torch.cat(drawn)
 
     def _rows(
         self,
@@ -372,14 +373,14 @@ class LearnedWorld:
         codes_RD: Tensor,
         agent_pos_RP: Tensor,
         seed_R: NDArray[np.int64],
-        known: tuple[Tensor, ...],
+        known: tuple[Tensor, Tensor],
     ) -> Rows:
         R, kept = len(seed_R), max(self.frames_for_judge, 1)
         domain = torch.full((R,), self._domain_index, dtype=torch.int64, device=self.device)
         agent_pos = self._pad(agent_pos_RP, self.dynamics.state_size).contiguous()
         tokens_R = tokens_R.contiguous()
         return Rows(
-            self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain, (known[0], known[1])),
+            self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain, known),
             tokens_R[:, None].repeat_interleave(self.window, dim=1),
             frames_RHWC[:, None].repeat_interleave(kept, dim=1),
             codes_RD[:, None].repeat_interleave(kept, dim=1),

@@ -60,6 +60,11 @@ class TokenCache:
         """Positions of the episodes of a split."""
         return np.flatnonzero(self.split_N == SPLITS.index(split))
 
+    def frames(self, split: str) -> NDArray[np.int64]:
+        """All frames of the episodes of a split, in order."""
+        rows = [self.rows(int(n)) for n in self.episodes(split)]
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in rows)])
+
     def rows(self, episode: int) -> slice:
         """The frames of one episode."""
         return slice(int(self.starts_N1[episode]), int(self.starts_N1[episode + 1]))
@@ -98,7 +103,7 @@ class TokenCache:
                 f"domain {name!r}: no training episode is longer than a stride of {stride} steps (of {len(episodes)}); "
                 "record longer or more episodes."
             )
-        rows = np.concatenate([np.arange(r.start, r.stop) for r in episodes])
+        rows = self.frames("train")
         actions = self.actions_FA[rows]
         return Domain.from_statistics(
             name,

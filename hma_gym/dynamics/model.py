@@ -779,9 +779,8 @@ class Dynamics(nn.Module):
         Actions (normalised) and poses are the true ones: the bodies are trained by themselves, and the pictures are to
         follow them.
         """
-        state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain=domain_B)
-        drawn = self._drawn_rows(agent_pos[:, 0], things[:, 0], domain_B)
-        state = dataclasses.replace(state, targets_BO=things[:, 0], drawn=drawn)
+        known = things[:, 0], self._drawn_rows(agent_pos[:, 0], things[:, 0], domain_B)
+        state = self.start(tokens[:, 0], agent_pos[:, 0], seed_B, domain_B, known)
         kept = [state.tokens]
         for t in range(frames - 1):
             pose = state.pose.after(agent_pos[:, t + 1], things[:, t + 1], actions[:, t], known_BT[:, t])
@@ -852,7 +851,7 @@ class Dynamics(nn.Module):
             agent_pos_BP: raw units; None for domains without a state.
             seed_B: int64; same seed and actions, same frames.
             domain: name, or int64 indices (B,), or None where the model has one domain.
-            known: ``targets_BO`` and ``drawn`` of such a state, where they were worked out before.
+            known: what :meth:`first_look` gives, where it was worked out before.
 
         Raises:
             InvalidArgument: tokens of another kind or grid than the model's, or no domain where there are several.
@@ -873,10 +872,7 @@ class Dynamics(nn.Module):
             agent_pos_BP = torch.zeros(B, self.state_size, device=device)
         cache = self.trunk.new_cache(B, self.positions, device, self.position_embedding.dtype)
         history, agent_pos_BP = self.config.body.history, agent_pos_BP.float()
-        if known is None:
-            targets_BO = self._sighted(tokens, agent_pos_BP, domain_B)
-            known = targets_BO, self._drawn_rows(agent_pos_BP, targets_BO, domain_B)
-        targets_BO, drawn = known
+        targets_BO, drawn = self.first_look(tokens, agent_pos_BP, domain_B) if known is None else known
         return RolloutState(
             tokens=tokens,
             agent_pos_BP=agent_pos_BP,
@@ -892,6 +888,11 @@ class Dynamics(nn.Module):
             seed_B=seed_B.to(device=device, dtype=torch.int64),
             domain_B=domain_B,
         )
+
+    def first_look(self, tokens: Tensor, agent_pos_BP: Tensor, domain_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the bodies see the objects in first frames, (B, O), and how they draw these frames, (B, S, C)."""
+        targets_BO = self._sighted(tokens, agent_pos_BP, domain_B)
+        return targets_BO, self._drawn_rows(agent_pos_BP, targets_BO, domain_B)
 
     @torch.no_grad()
     def step(

@@ -235,7 +235,6 @@ def _learner(options: RLOptions, env: Any, model: Any) -> Any:
     model.policy.set_training_mode(False)
     seen = _features_env_class()(env, model.policy)
     learner = _ppo(options, "MlpPolicy", seen, {})
-    learner.num_timesteps = model.num_timesteps
     _copy_heads(model, learner)
     return learner
 

@@ -87,9 +87,8 @@ class BodyBatches:
                 f"no {split} episode of domain {body.domain.name!r} is longer than its stride of {stride} steps; "
                 "record longer episodes."
             )
-        shown = [cache.rows(int(n)) for n in cache.episodes(split)]
-        self.frames_F = np.concatenate([np.arange(r.start, r.stop) for r in shown])
-        self.first_frames = np.array([r.start for r in shown], dtype=np.int64)
+        self.frames_F = cache.frames(split)
+        self.first_frames = cache.starts_N1[cache.episodes(split)]
         self.busy_K2 = self._busy(episodes) if body.target_dim else np.zeros((0, 2), np.int64)
         self.longest = int(min(LONGEST, np.quantile(self.room[self.room > 0], 0.2)))
 
@@ -230,9 +229,7 @@ def train_bodies(
         if body.look is not None:
             sample = torch.from_numpy(cache.tokens[:: max(len(cache.tokens) // 20_000, 1)].astype(np.float32))
             body.set_token_statistics(sample.mean(dim=0), sample.std(dim=0).clamp(min=0.02))
-        seen_F = np.concatenate(
-            [np.arange(len(moved.agent_pos_FP))[moved.rows(int(n))] for n in moved.episodes("train")]
-        )
+        seen_F = moved.frames("train")
         seen_FP = moved.agent_pos_FP[seen_F]
         body.set_pose_bounds(torch.from_numpy(seen_FP.min(axis=0)), torch.from_numpy(seen_FP.max(axis=0)))
         if body.target_dim:

@@ -364,11 +364,13 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
             "delete it, or choose another out folder."
         )
     names = tuple(demo.name for demo in dataset.demos)
-    if previous is not None and previous.targets_FX.shape[1] != targets_of(dataset[0]).shape[1]:
-        raise DatasetError(
-            f"token cache {str(path)!r} has {previous.targets_FX.shape[1]} targets a frame, where this version takes "
-            f"{targets_of(dataset[0]).shape[1]} from the dataset; delete it to make it anew."
-        )
+    if previous is not None:
+        had, takes = previous.targets_FX.shape[1], targets_of(dataset.without_images(0)).shape[1]
+        if had != takes:
+            raise DatasetError(
+                f"token cache {str(path)!r} has {had} targets a frame, where this version takes {takes} from the "
+                "dataset; delete it to make it anew."
+            )
     if previous is not None and (previous.name_N or names) == names and len(previous) == len(names):
         return previous
     missing = set() if previous is None else set(previous.name_N) - set(names)
