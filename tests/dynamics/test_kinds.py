@@ -21,7 +21,7 @@ from hma_gym.dynamics.model import Dynamics
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.tokenizers import VQConfig, VQTokenizer
 from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
-from hma_gym.training.recipes.dynamics import load_initial
+from hma_gym.training.recipes.dynamics import read_initial
 
 
 def discrete_checkpoint() -> Checkpoint:
@@ -71,7 +71,7 @@ def test_a_tokenizer_that_is_asked_for_by_the_other_kind(
 def test_weights_to_start_from_are_of_the_other_kind(own: str, other: str, folders: dict[str, Path]) -> None:
     dynamics = load_checkpoint(folders[own]).dynamics
     with pytest.raises(CheckpointError, match="does not fit this model.*same size, kind of token"):
-        load_initial(dynamics, folders[other])
+        read_initial(folders[other]).load(dynamics)
 
 
 @pytest.mark.parametrize("kind", ["soft", "vq"])

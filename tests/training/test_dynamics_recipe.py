@@ -245,6 +245,31 @@ def test_warm_start(material: Path, whole: Path, tmp_path: Path) -> None:
         train_dynamics(_options(material, tmp_path / "other", init=whole, data=(material / "small.hdf5",)))
 
 
+def test_a_new_head_for_a_trained_model(material: Path, whole: Path, tmp_path: Path) -> None:
+    """Its noise model is trained anew; all else stays, and so does what the data is measured by."""
+    changes = {"head": "diffusion", "head_only": True, "init": whole, "body_steps": 0}
+    out = tmp_path / "run"
+    _writer(tmp_path / "small.hdf5", 2, 2, episodes=14).merge()  # more data, other statistics
+    options = _options(material, out, steps=3, data=(tmp_path / "small.hdf5", material / "large.hdf5"), **changes)
+    train_dynamics(options)
+    checkpoint = load_checkpoint(out / "checkpoint")
+    theirs = load_checkpoint(whole / "checkpoint").dynamics
+    assert isinstance(checkpoint.dynamics.config.head, DiffusionHeadConfig)
+    assert checkpoint.dynamics.domains == theirs.domains
+    before, after = theirs.state_dict(), checkpoint.dynamics.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed - {"head.residual_rms"} <= {name for name in after if name.startswith("head.flow.")}
+    assert "head.flow.out.weight" in changed
+    for wrong, message in (
+        ({"init": None}, "init must name it"),
+        ({"body_steps": 3}, "body_steps must be 0"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            _options(material, out, **{**changes, **wrong})
+    with pytest.raises(InvalidArgument, match="head_only trains the noise model of soft tokens, got .*'vq'"):
+        train_dynamics(_options(material, tmp_path / "vq", **changes, tokenizer=material / "vq"))
+
+
 def test_a_growing_dataset_is_encoded_once_and_keeps_its_statistics(material: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "grows.hdf5", tmp_path / "run"
     _writer(data, 2, 2, episodes=12)

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ from hma_gym.training.recipes.body import train_bodies
 #: Batches of the held-out loss; as many as a training step has, each.
 HELD_OUT_BATCHES = 8
 
+#: How the names of the weights of a soft head's noise model begin.
+NOISE_MODEL = "head.flow."
+
 #: Lift succeeds where the cube's centre is more than 4 cm above the table top at 0.8 m (robosuite's predicate).
 LIFT_HEIGHT = 0.84
 
@@ -67,7 +71,10 @@ class DynamicsOptions:
         judge: folder of a trained classifier judge to put into the checkpoint.
         feature_judge: folder of a trained feature judge to put into the checkpoint.
         head: of soft tokens: ``flow``, or the paper's ``diffusion`` (see docs/soft_tokens.md).
-        init: a run's folder or a checkpoint to start from (same shapes), instead of random weights.
+        init: a run's folder or a checkpoint to start from (same shapes), instead of random weights. Domains of the same
+            name keep the statistics that they have there, by which its weights see them.
+        head_only: train the noise model of soft tokens alone, anew, and leave all else as it is in ``init``: another
+            ``head`` for a trained model.
         task: key of the task that the checkpoint is for; "" for your own robot.
         body_steps: length of the training of the bodies, before the trunk's (see :mod:`hma_gym.training.recipes.body`);
             with 0 they are trained with the trunk, or stay those of ``init``.
@@ -102,6 +109,7 @@ class DynamicsOptions:
     feature_judge: Path | None = None
     head: Literal["flow", "diffusion"] = "flow"
     init: Path | None = None
+    head_only: bool = False
     task: str = ""
     body_steps: int = 6000
     size: Literal["toy", "lift", "small"] = "lift"
@@ -136,6 +144,11 @@ class DynamicsOptions:
         if self.body_steps < 0 or self.object_turns < 0:
             raise InvalidArgument(
                 f"body_steps and object_turns must be 0 or more, got {self.body_steps} and {self.object_turns}."
+            )
+        if self.head_only and (self.init is None or self.body_steps):
+            raise InvalidArgument(
+                "head_only keeps the rest of a trained model, so init must name it and body_steps must be 0, got "
+                f"init={self.init} and body_steps={self.body_steps}."
             )
         if self.refresh < 0:
             raise InvalidArgument(f"refresh must be 0 or more, got {self.refresh}.")
@@ -439,20 +452,57 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_initial(model: Dynamics, source: Path) -> None:
-    """Weights from a run's folder (its averaged weights) or from a checkpoint; shapes must agree."""
+@dataclass(frozen=True)
+class Initial:
+    """What a run may start from.
+
+    Attributes:
+        source: where it lies.
+        weights: of the model.
+        domains: by name.
+        change_scale: see :class:`hma_gym.dynamics.mar.SoftHeadConfig`; None with discrete tokens.
+    """
+
+    source: Path
+    weights: dict[str, Tensor]
+    domains: dict[str, Domain]
+    change_scale: float | None
+
+    def load(self, model: Dynamics, head_only: bool = False) -> None:
+        """Put the weights into a model; all but those of its noise model with ``head_only``.
+
+        Raises :class:`CheckpointError` where shapes differ.
+        """
+        own = model.state_dict()
+        weights = self.weights
+        if head_only:
+            kept = {name: tensor for name, tensor in own.items() if name.startswith(NOISE_MODEL)}
+            weights = {name: weights[name] for name in weights if not name.startswith(NOISE_MODEL)} | kept
+        wrong = misfits(model, weights)
+        if wrong:
+            raise CheckpointError(
+                f"init {str(self.source)!r} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
+                "start from a model of the same size, kind of token and domains."
+            )
+        model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+
+
+def read_initial(source: Path) -> Initial:
+    """A run's folder (its averaged weights) or a checkpoint.
+
+    Raises :class:`CheckpointError` where it is neither.
+    """
     if (source / "saved").is_dir():
         weights = saved_weights(source)
+        domains = json.loads((source / "domains.json").read_text())
+        scale = json.loads((source / "dynamics.json").read_text())["change_scale"]
     else:
-        weights = load_file(checkpoint_folder(source) / "dynamics.safetensors")
-    own = model.state_dict()
-    wrong = misfits(model, weights)
-    if wrong:
-        raise CheckpointError(
-            f"init {str(source)!r} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
-            "start from a model of the same size, kind of token and domains."
-        )
-    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+        folder = checkpoint_folder(source)
+        weights = load_file(folder / "dynamics.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        domains, scale = config["domains"], config["dynamics"]["head"].get("change_scale")
+    found = [Domain.from_dict(fields) for fields in domains]
+    return Initial(source, weights, {domain.name: domain for domain in found}, scale)
 
 
 def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
@@ -478,9 +528,14 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     """Encode, train, and write ``<out>/checkpoint``. Interrupted, it saves; called again, it goes on."""
     began = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
+    if options.head_only and tokenizer.kind != "soft":
+        raise InvalidArgument(
+            f"head_only trains the noise model of soft tokens, got a tokenizer of kind {tokenizer.kind!r}; leave it out."
+        )
     gathered = gather(options, tokenizer)
     names, caches = tuple(gathered), [domain.cache for domain in gathered.values()]
     height, width = tokenizer.image_size
+    initial = None if options.init is None else read_initial(options.init)
     domain_file = options.out / "domains.json"
     if domain_file.exists():  # statistics are fixed at the start of a run, also where the dataset has grown since
         domains = [Domain.from_dict(fields) for fields in json.loads(domain_file.read_text())]
@@ -490,16 +545,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
                 f"{list(names)}; give the same data and names, or another out folder."
             )
     else:
-        domains = [
-            found.cache.make_domain(
-                name,
-                stride=options.stride,
-                object_turns=options.object_turns if options.body_steps or options.init is not None else 0,
-                image_size=(height, width),
-                control_hz=float(found.datasets[0].env_args.get("env_kwargs", {}).get("control_freq", 20)),
-            )
-            for name, found in gathered.items()
-        ]
+        domains = [_domain(options, name, found, (height, width), initial) for name, found in gathered.items()]
         domain_file.parent.mkdir(parents=True, exist_ok=True)
         domain_file.write_text(json.dumps([domain.to_dict() for domain in domains], indent=1))
     model_file = options.out / "dynamics.json"
@@ -507,12 +553,14 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
         scale = json.loads(model_file.read_text())["change_scale"]
     else:
         scale = round(caches[0].change_scale(options.stride), 4) if tokenizer.kind == "soft" else 1.0
+        if initial is not None and initial.change_scale is not None:
+            scale = initial.change_scale
         model_file.write_text(json.dumps({"change_scale": scale}))
     config = dynamics_config(options, tokenizer, scale)
     torch.manual_seed(options.seed)
     model = Dynamics(config, domains)
-    if options.init is not None:
-        load_initial(model, options.init)
+    if initial is not None:
+        initial.load(model, options.head_only)
     if options.body_steps:
         bodies = train_bodies(
             model,
@@ -528,6 +576,9 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
             return bodies[-1]
     if options.body_steps or options.init is not None:
         model.freeze_bodies()
+    if options.head_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(NOISE_MODEL))
     lead_in = options.rollout_max if options.rollout_share > 0 else 0
     margin = max(lead_in, options.frames // 2)  # starts, where each rollout begins, and ends, which show the outcome
     clips = ClipConfig(options.batch_size, options.frames + lead_in, options.seed, margin=margin)
@@ -549,6 +600,22 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
         files = [domain.datasets for domain in gathered.values()]
         write_checkpoint(options, tokenizer, model, files, {**result.evaluation})
     return result
+
+
+def _domain(
+    options: DynamicsOptions, name: str, found: Gathered, image_size: tuple[int, int], initial: Initial | None
+) -> Domain:
+    """The domain of this name, measured on the data; or that of ``init``, where it has one of the same shape."""
+    made = found.cache.make_domain(
+        name,
+        stride=options.stride,
+        object_turns=options.object_turns if options.body_steps or options.init is not None else 0,
+        image_size=image_size,
+        control_hz=float(found.datasets[0].env_args.get("env_kwargs", {}).get("control_freq", 20)),
+    )
+    had = None if initial is None else initial.domains.get(name)
+    shape = operator.attrgetter("action_dim", "state_dim", "target_dim", "object_turns", "stride", "image_size")
+    return had if had is not None and shape(had) == shape(made) else made
 
 
 def write_checkpoint(
