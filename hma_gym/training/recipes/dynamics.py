@@ -530,7 +530,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.head_only and tokenizer.kind != "soft":
         raise InvalidArgument(
-            f"head_only trains the noise model of soft tokens, got a tokenizer of kind {tokenizer.kind!r}; leave it out."
+            f"head_only trains the noise model of soft tokens, got a tokenizer of kind {tokenizer.kind!r}; do without."
         )
     gathered = gather(options, tokenizer)
     names, caches = tuple(gathered), [domain.cache for domain in gathered.values()]
