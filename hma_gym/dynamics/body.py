@@ -41,6 +41,10 @@ from hma_gym.nn.rotations import columns_of_matrix
 #: Scale (m) of the place of an object in the hand, as ``look`` is told it.
 IN_HAND = 0.1
 
+#: An object is shown to ``look`` as the hand has it up to so far (m), beyond that ever fainter, and not at all from so
+#: far on: an empty hand looks the same wherever the object is.
+FADES, GONE = 0.08, 0.16
+
 #: Dims of agent_pos after the hand's pose.
 FINGERS = slice(7, None)
 
@@ -126,14 +130,22 @@ class Body(nn.Module):
         """agent_pos (..., P) in own units -> (..., feature_size)."""
         return waves(self._standard(agent_pos), self.config.octaves)
 
-    def object_features(self, agent_pos: Tensor, targets: Tensor) -> Tensor:
-        """The object's pose (..., X), in the room and in the hand -> (..., object_size); own units."""
+    def object_features(self, agent_pos: Tensor, targets: Tensor, faded: bool = False) -> Tensor:
+        """The object's pose (..., X), in the room and in the hand -> (..., object_size); own units.
+
+        With ``faded`` it is in the hand only where it is near (see :data:`FADES`).
+        """
         if not self.target_dim:
             return targets
         with _full_precision(agent_pos.device):
             _, place, thing = in_the_hand(agent_pos, targets)
         where = torch.cat((self._standard_place(targets), (place / IN_HAND).clamp(-4.0, 4.0)), dim=-1)
-        return torch.cat((waves(where, self.config.octaves), targets[..., 3:], columns_of_matrix(thing)), dim=-1)
+        where, turned = waves(where, self.config.octaves), columns_of_matrix(thing)
+        if faded:
+            near = ((GONE - place.norm(dim=-1, keepdim=True)) / (GONE - FADES)).clamp(0.0, 1.0)
+            shown = torch.cat((torch.ones_like(place), near.expand_as(place)), dim=-1)
+            where, turned = where * shown.tile(where.shape[-1] // shown.shape[-1]), turned * near
+        return torch.cat((where, targets[..., 3:], turned), dim=-1)
 
     def coasted(self, pose: Pose, action: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """The next agent_pos (..., P) and object's pose (..., X) as far as motion and actions tell, without the
@@ -170,7 +182,7 @@ class Body(nn.Module):
         if self.look is None:
             return None
         mean = self.get_buffer("token_mean")
-        inputs = torch.cat((self.features(agent_pos), self.object_features(agent_pos, targets)), dim=-1)
+        inputs = torch.cat((self.features(agent_pos), self.object_features(agent_pos, targets, faded=True)), dim=-1)
         standard: Tensor = self.look(inputs, self._standard(agent_pos), self._standard_place(targets))
         return mean + standard.float() * self.get_buffer("token_std")
 

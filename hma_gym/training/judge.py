@@ -8,7 +8,8 @@ config, calibrated) and ``report.json`` (accuracy, precision, recall, Brier scor
 Half of each batch shows the object within 3 cm of the height that decides, where the errors are; half is drawn evenly.
 Some windows are shown as the tokenizer gives them back, with noise in the tokens, and all are damaged
 (:mod:`hma_gym.judges.augment`), so that generated frames are not foreign. In some the object fades into the scene:
-where it cannot be seen there is no success.
+where it cannot be seen there is no success. A judge of a world that is trained already can be taught how that world
+draws (``--world``): what it draws pale or blurred is then read for what it is.
 
 Shape legend: B windows, K window, F rows, N episodes, H W C image.
 """
@@ -27,7 +28,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hma_gym.data.cache import targets_of
+from hma_gym.data.episodes import Episode
+from hma_gym.data.object_pose import turned_alike
 from hma_gym.data.robomimic_hdf5 import open_dataset
+from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.judges.augment import augment, fade_red
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, load_judge, save_judge
@@ -53,8 +58,11 @@ class JudgeTrainConfig:
 
     Attributes:
         data: robomimic file or ``.parts`` folder with rewards and images.
+        more_data: further ones of the same task.
         out: the run's folder.
         tokenizer: folder of a trained tokenizer, whose round trips the judge shall know; None for real frames only.
+        world: a checkpoint whose body draws robot and object (of one domain): instead of round trips, windows are shown
+            as it draws the recorded poses, and the judge is calibrated on real and drawn frames alike.
         test_data: another dataset, all of whose episodes are the test; None for the test split of ``data``.
         init: folder of a trained judge of the same shape to start from, instead of random weights.
         minutes: wall-clock time of training.
@@ -64,8 +72,8 @@ class JudgeTrainConfig:
         window: K, last frames the judge sees.
         channels: widths of the encoder's stages.
         width: size of a frame's code.
-        max_episodes: training episodes held in memory (the first so many of the train split; 0.8 MB each).
-        max_held_out: episodes of the valid and of the test split that are used.
+        max_episodes: training episodes of each file held in memory (the first so many of the train split; 0.8 MB each).
+        max_held_out: episodes of the valid and of the test split of each file that are used.
         roundtrip_episodes: training episodes also shown as the tokenizer reconstructs them (0 for none).
         token_noise: standard deviation added to soft tokens in those (in units of the tokens' own).
         decision_height: height of the object (m) that separates success from failure; rows near it are shown more
@@ -79,7 +87,9 @@ class JudgeTrainConfig:
 
     data: Path
     out: Path
+    more_data: tuple[Path, ...] = ()
     tokenizer: Path | None = None
+    world: str | None = None
     test_data: Path | None = None
     init: Path | None = None
     minutes: float = 6.0
@@ -104,6 +114,11 @@ class JudgeTrainConfig:
         for name in ("minutes", "batch_size", "lr", "max_episodes", "max_held_out", "threads"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.world is not None and self.tokenizer is not None:
+            raise InvalidArgument(
+                "a judge learns how a world draws, or its tokenizer's round trips: name world or tokenizer, got "
+                f"world={self.world!r} and tokenizer={str(self.tokenizer)!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -270,13 +285,56 @@ def fit_threshold(probability_N: NDArray[np.float64], success_N: NDArray[np.bool
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
-def _load(path: Path, split: str | None, most: int) -> LabelledRows:
-    """Rows of up to ``most`` episodes of a split, or of the whole dataset."""
-    dataset = open_dataset(path)
-    positions = list(range(len(dataset))) if split is None else dataset.split(split)
-    if not positions:
-        raise DatasetError(f"{str(path)!r} has no episode in split {split!r}; record at least a dozen episodes.")
-    return label_rows([dataset[position] for position in positions[:most]])
+@torch.inference_mode()
+def drawn_frames(world: Checkpoint, episodes: Sequence[Episode], batch: int = 64) -> NDArray[np.uint8]:
+    """The rows of episodes, end to end, as a world's body draws their recorded poses: (F, H, W, 3).
+
+    Raises:
+        InvalidArgument: a world that draws nothing.
+        DatasetError: episodes whose agent_pos or object's pose the world's domain has not.
+    """
+    domain, body, tokenizer = world.domain, world.dynamics.adapter(0).body, world.tokenizer
+    if body.look is None:
+        raise InvalidArgument(
+            f"world {world.name!r} must have a body that draws: soft tokens and agent_pos, got {tokenizer.kind!r} "
+            f"tokens and {domain.state_dim} dims of agent_pos; name its tokenizer in its place."
+        )
+    parts = []
+    for episode in episodes:
+        if episode.images_THWC.shape[1:3] != tokenizer.image_size:
+            raise DatasetError(
+                f"world {world.name!r} draws frames of {tokenizer.image_size} pixels, the data has "
+                f"{episode.images_THWC.shape[1:3]}; record it at the world's size."
+            )
+        targets_TX = targets_of(episode)[:, : domain.target_dim]
+        if (targets_TX.shape[1], episode.agent_pos_TP.shape[1]) != (domain.target_dim, domain.state_dim):
+            raise DatasetError(
+                f"world {world.name!r} has {domain.state_dim} dims of agent_pos and {domain.target_dim} of the "
+                f"object, the data {episode.agent_pos_TP.shape[1]} and {targets_TX.shape[1]}; give data of its domain."
+            )
+        if body.target_dim:
+            targets_TX = turned_alike(targets_TX, domain.object_turns)
+        poses, things = (torch.from_numpy(np.asarray(x, np.float32)) for x in (episode.agent_pos_TP, targets_TX))
+        for start in range(0, len(poses), batch):
+            rows = slice(start, start + batch)
+            tokens = body.drawn(poses[rows], things[rows, : body.target_dim])
+            assert tokens is not None
+            parts.append(tokenizer.decode(tokens).numpy())
+    return np.concatenate(parts)
+
+
+def _rows(
+    paths: Sequence[Path], split: str | None, most: int, world: Checkpoint | None
+) -> tuple[LabelledRows, NDArray[np.uint8] | None]:
+    """Up to ``most`` episodes of a split of each dataset, or of the whole of it; and these as a world draws them."""
+    episodes = []
+    for path in paths:
+        dataset = open_dataset(path)
+        positions = list(range(len(dataset))) if split is None else dataset.split(split)
+        if not positions:
+            raise DatasetError(f"{str(path)!r} has no episode in split {split!r}; record at least a dozen episodes.")
+        episodes += [dataset[position] for position in positions[:most]]
+    return label_rows(episodes), None if world is None else drawn_frames(world, episodes)
 
 
 class _Accuracy:
@@ -302,25 +360,26 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
         CheckpointError: the tokenizer's folder cannot be read.
     """
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    world = None if config.world is None else load_checkpoint(config.world)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)  # the fresh weights
-    train_rows = _load(config.data, "train", config.max_episodes)
-    valid_rows = _load(config.data, "valid", config.max_held_out)
+    files = (config.data, *config.more_data)
+    train_rows, coded = _rows(files, "train", config.max_episodes, world)
+    valid_rows, valid_drawn = _rows(files, "valid", config.max_held_out, world)
     if config.test_data is None:
-        test_rows = _load(config.data, "test", config.max_held_out)
+        test_rows, _ = _rows(files, "test", config.max_held_out, None)
     else:
-        test_rows = _load(config.test_data, None, config.max_held_out)
+        test_rows, _ = _rows((config.test_data,), None, config.max_held_out, None)
     if train_rows.success_F.all() or not train_rows.success_F.any():
         raise DatasetError(
             f"{str(config.data)!r}: all {len(train_rows.success_F)} training rows have one outcome; a judge needs "
             "episodes with success and with failure."
         )
     model = JudgeTraining(_fresh_judge(config, train_rows), config.position_weight, _scene(config, train_rows))
-    coded = None
     if tokenizer is not None and config.roundtrip_episodes > 0:
         rows = int(train_rows.last_N[: config.roundtrip_episodes][-1]) + 1
         coded = round_trip(tokenizer, train_rows.frames_FHWC[:rows], config.token_noise, config.seed)
-    recipe = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    recipe = json.loads(json.dumps(vars(config), default=str))
     loop = TrainConfig(
         out=config.out,
         steps=config.steps,
@@ -340,7 +399,11 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     with result.ema.applied_to(model):
         raw = as_stored(model.judge)
     valid_B = np.arange(len(valid_rows), dtype=np.int64)
-    judge = calibrate(raw, score_rows(raw, valid_rows, valid_B)[0], valid_rows.success_F)
+    seen = [valid_rows]
+    if valid_drawn is not None:
+        seen.append(dataclasses.replace(valid_rows, frames_FHWC=valid_drawn))
+    said_F = np.concatenate([score_rows(raw, rows, valid_B)[0] for rows in seen])
+    judge = calibrate(raw, said_F, np.concatenate([rows.success_F for rows in seen]))
     test_B = np.arange(len(test_rows), dtype=np.int64)
     measured = measure(judge, *score_rows(judge, test_rows, test_B), test_rows)
     folder = save_judge(judge, config.out)

@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_dynamics import handling
 from toy_object import OWN, TOKENS, drawn, handled
 
-from hma_gym.dynamics.body import Body, BodyConfig
+from hma_gym.dynamics.body import FADES, GONE, Body, BodyConfig
 from hma_gym.dynamics.coast import OBJECT_STEP, ManipulationCoast
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.rotations import matrix_of_quaternion
@@ -292,6 +292,20 @@ def test_it_learns_to_draw_the_object_where_it_is(learned: Body) -> None:
     assert shown is not None
     wanted = drawn(clip["poses"], elsewhere)
     assert float((shown - wanted).square().mean()) < 0.3 * float((shown - clip["tokens"]).square().mean())
+
+
+def test_what_is_far_from_the_hand_is_not_shown_as_in_it() -> None:
+    """Wherever a hand is that is far from the object, it is drawn by what there is of it, an empty hand."""
+    body, pose = Body(OWN, BodyConfig(), TOKENS), _start(2, seed=3)
+    hand, thing = pose.agent_pos, pose.targets[:1].expand(2, -1)
+    for distance, same in ((1.05 * GONE, True), (0.95 * GONE, False)):
+        direction = torch.nn.functional.normalize(torch.tensor([[0.3, 0.4, 0.5], [-0.6, 0.1, 0.2]]), dim=-1)
+        hands = torch.cat((thing[:, :3] + distance * direction, hand[:, 3:]), dim=-1)
+        shown = body.object_features(hands, thing, faded=True)
+        assert torch.equal(shown[0], shown[1]) == same
+        assert not torch.equal(*body.object_features(hands, thing))
+    near = torch.cat((thing[:, :3] + 0.95 * FADES * direction, hand[:, 3:]), dim=-1)
+    torch.testing.assert_close(body.object_features(near, thing, faded=True), body.object_features(near, thing))
 
 
 def test_it_learns_to_see_place_and_yaw_up_to_a_quarter_of_a_turn(learned: Body) -> None:

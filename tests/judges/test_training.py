@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_toy import toy_episode, write_toy
+from toy_checkpoint import SIZE, toy_checkpoint
 
 from hma_gym.data.robomimic_hdf5 import open_dataset
-from hma_gym.errors import CheckpointError, DatasetError
+from hma_gym.dynamics.checkpoint import save_checkpoint
+from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges import augment
 from hma_gym.judges.classifier import load_judge
 from hma_gym.judges.protocol import episode_probabilities, verdict
@@ -20,6 +23,7 @@ from hma_gym.tokenizers.files import save_tokenizer
 from hma_gym.training.judge import (
     JudgeBatches,
     JudgeTrainConfig,
+    drawn_frames,
     fit_temperature,
     fit_threshold,
     round_trip,
@@ -101,6 +105,32 @@ def test_round_trips_enter_the_batches(toy_data: Path, tmp_path: Path) -> None:
     assert changed.any() and torch.equal(with_coded["success_B"], without["success_B"])
     result = train_judge(_config(toy_data, tmp_path / "run", steps=2, tokenizer=folder, roundtrip_episodes=3))
     assert 0 <= result.measured.frames.accuracy <= 1
+
+
+def test_a_judge_is_taught_how_a_world_draws(toy_data: Path, tmp_path: Path) -> None:
+    world = toy_checkpoint(judge=False)
+    data = write_toy(tmp_path / "large.hdf5", [toy_episode(seed, size=SIZE) for seed in range(12)])
+    episodes = [open_dataset(data)[n] for n in (0, 3)]
+    episodes[1].agent_pos_TP[5:] += 0.2
+    drawn = drawn_frames(world, episodes, batch=7)
+    body = world.dynamics.adapter(0).body
+    nothing = torch.zeros(1, 0)
+    for row, (episode, t) in {3: (0, 3), 14: (1, 4), 15: (1, 5)}.items():
+        tokens = body.drawn(torch.from_numpy(episodes[episode].agent_pos_TP[t : t + 1]), nothing)
+        assert tokens is not None
+        difference = drawn[row].astype(int) - world.tokenizer.decode(tokens)[0].numpy().astype(int)
+        assert np.abs(difference).max() <= 1  # batches of other sizes round otherwise
+    assert len(drawn) == 20 and not np.array_equal(drawn[14], drawn[15])
+
+    folder = save_checkpoint(world, tmp_path / "world")
+    result = train_judge(_config(data, tmp_path / "run", steps=2, world=str(folder), more_data=(data,)))
+    assert 0 <= result.measured.frames.accuracy <= 1
+    for wrong, error, message in (
+        ({"data": toy_data}, DatasetError, r"draws frames of \(40, 40\) pixels, the data has \(16, 16\)"),
+        ({"tokenizer": tmp_path}, InvalidArgument, "name world or tokenizer"),
+    ):
+        with pytest.raises(error, match=message):
+            train_judge(_config(**{"data": data, "out": tmp_path / "no", "world": str(folder), **wrong}))
 
 
 def test_data_without_success_is_refused(data_without_success: Path, tmp_path: Path) -> None:
