@@ -38,7 +38,7 @@ from hma_gym.errors import CheckpointError, HMAError, StorageError
 from hma_gym.extras import require
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
 from hma_gym.judges.feature import FeatureConfig, FeatureJudge
-from hma_gym.nn.parameters import misfits
+from hma_gym.nn.parameters import load_fitting
 from hma_gym.tokenizers import build_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.version import __version__
@@ -332,14 +332,12 @@ def _weights(module: nn.Module, half: bool) -> dict[str, Tensor]:
 
 
 def _load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    own = module.state_dict()
-    wrong = misfits(module, tensors)
+    wrong = load_fitting(module, tensors)
     if wrong:
         raise CheckpointError(
             f"{path}: {len(wrong)} tensors do not fit the model that config.json describes, first {wrong[0]!r}; "
             "config and weights come from different checkpoints."
         )
-    module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:

@@ -47,6 +47,15 @@ def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
 
 
+def load_fitting(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Load tensors, cast to the module's types, if all fit; returns :func:`misfits`, with which nothing is loaded."""
+    wrong = misfits(module, tensors)
+    if not wrong:
+        own = module.state_dict()
+        module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+    return wrong
+
+
 def default_parameter_groups(model: nn.Module, *, not_matrices: Iterable[nn.Parameter] = ()) -> list[ParameterGroup]:
     """Weights of ``nn.Linear`` as matrices, other tensors of 2 or more dims with decay, the rest without.
 

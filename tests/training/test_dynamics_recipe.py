@@ -243,6 +243,8 @@ def test_warm_start(material: Path, whole: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(ours[name], theirs[name], rtol=2e-3, atol=1e-4)
     with pytest.raises(CheckpointError, match="does not fit this model.*same size"):
         train_dynamics(_options(material, tmp_path / "other", init=whole, data=(material / "small.hdf5",)))
+    with pytest.raises(CheckpointError, match="must hold a readable config.json"):
+        train_dynamics(_options(material, tmp_path / "none", init=material))
 
 
 def test_a_new_head_for_a_trained_model(material: Path, whole: Path, tmp_path: Path) -> None:

@@ -23,14 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hma_gym.data.cache import TokenCache, build_token_cache, join_caches, load_token_cache, targets_of
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
-from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, checkpoint_folder, save_checkpoint, start_bank
+from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, load_checkpoint, save_checkpoint, start_bank
 from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
@@ -40,7 +39,7 @@ from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges.classifier import load_judge
 from hma_gym.judges.feature import load_feature_judge
 from hma_gym.metrics.video import psnr
-from hma_gym.nn.parameters import misfits
+from hma_gym.nn.parameters import load_fitting
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, saved_weights, train
@@ -473,36 +472,32 @@ class Initial:
 
         Raises :class:`CheckpointError` where shapes differ.
         """
-        own = model.state_dict()
         weights = self.weights
         if head_only:
-            kept = {name: tensor for name, tensor in own.items() if name.startswith(NOISE_MODEL)}
+            kept = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(NOISE_MODEL)}
             weights = {name: weights[name] for name in weights if not name.startswith(NOISE_MODEL)} | kept
-        wrong = misfits(model, weights)
+        wrong = load_fitting(model, weights)
         if wrong:
             raise CheckpointError(
                 f"init {str(self.source)!r} does not fit this model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
                 "start from a model of the same size, kind of token and domains."
             )
-        model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
 
 
 def read_initial(source: Path) -> Initial:
     """A run's folder (its averaged weights) or a checkpoint.
 
-    Raises :class:`CheckpointError` where it is neither.
+    Raises :class:`CheckpointError` where it is neither, or damaged.
     """
     if (source / "saved").is_dir():
         weights = saved_weights(source)
-        domains = json.loads((source / "domains.json").read_text())
+        domains = [Domain.from_dict(fields) for fields in json.loads((source / "domains.json").read_text())]
         scale = json.loads((source / "dynamics.json").read_text())["change_scale"]
     else:
-        folder = checkpoint_folder(source)
-        weights = load_file(folder / "dynamics.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        domains, scale = config["domains"], config["dynamics"]["head"].get("change_scale")
-    found = [Domain.from_dict(fields) for fields in domains]
-    return Initial(source, weights, {domain.name: domain for domain in found}, scale)
+        model = load_checkpoint(source).dynamics
+        weights, domains = model.state_dict(), list(model.domains)
+        scale = getattr(model.config.head, "change_scale", None)
+    return Initial(source, weights, {domain.name: domain for domain in domains}, scale)
 
 
 def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
