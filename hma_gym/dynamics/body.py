@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.domains import Domain
-from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, in_the_hand, waves
+from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, in_the_hand
 from hma_gym.dynamics.look import Look
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
 from hma_gym.nn.rotations import columns_of_matrix
+from hma_gym.nn.waves import waves
 
 #: Scale (m) of the place of an object in the hand, as ``look`` is told it.
 IN_HAND = 0.1

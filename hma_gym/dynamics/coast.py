@@ -24,6 +24,7 @@ from hma_gym.domains import Domain
 from hma_gym.dynamics.pose import Pose
 from hma_gym.nn.parameters import silence
 from hma_gym.nn.rotations import columns_of_matrix, matrix_of_columns, matrix_of_quaternion
+from hma_gym.nn.waves import waves
 
 #: Dims of an object's pose: its position comes first.
 OBJECT_DIM, PLACE = 9, slice(0, 3)
@@ -52,13 +53,6 @@ STAYS = 6.0
 
 class ExactLinear(nn.Linear):
     """A linear layer that stays in float32 where others are put into a lower precision."""
-
-
-def waves(position: Tensor, octaves: int) -> Tensor:
-    """(..., E) -> (..., E (1 + 2 octaves)): numbers, and their sines and cosines at so many scales, each twice as fine
-    as the one before, which tell positions finer than half precision does."""
-    angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(octaves)]
-    return torch.cat((position, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))), dim=-1)
 
 
 def _network(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequential:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hma_gym.dynamics.coast import waves
 from hma_gym.nn.parameters import silence
+from hma_gym.nn.waves import waves
 
 #: Anchors that move with the robot, and with the object.
 ROBOT_ANCHORS, OBJECT_ANCHORS = 6, 2

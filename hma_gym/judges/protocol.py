@@ -4,11 +4,14 @@ Two ways to use a :class:`Judge`: streaming (``judge.probability`` on the window
 for the whole batch) and whole-episode (:func:`episode_probabilities`, every row at once). Success must be SEEN: it is
 the state of the current frame (cube lifted now), so the outcome of an episode is the verdict at its last frame.
 
+A :class:`ProprioceptiveJudge` can be told agent_pos beside the frames, for a picture does not show all: whether what
+lies in line of sight with the hand is in it. :func:`told_state` says which judges are, :func:`ask` tells those alone.
+
 An :class:`EpisodeJudge` needs the whole video (as a question about an episode does): it gives outcomes, and cannot
 serve an environment step by step. Every :class:`Judge` is one too, through :class:`AtLastRow`. A :class:`TokenJudge`
 reads a learned world's tokens and no pixels.
 
-Shape legend: B batch, T rows of an episode, K window of last frames, H W C image.
+Shape legend: B batch, T rows of an episode, K window of last frames, H W C image, P agent_pos dims.
 """
 
 from __future__ import annotations
@@ -54,6 +57,22 @@ class Judge(_StepJudge, Protocol):
 
 
 @runtime_checkable
+class ProprioceptiveJudge(Judge, Protocol):
+    """A judge that can be told agent_pos: also its ``position`` and ``code``, if it has these, take it then.
+
+    Attributes:
+        state_dim: P, dims of agent_pos that it is told; 0 for a judge that is told none after all.
+    """
+
+    @property
+    def state_dim(self) -> int: ...
+
+    def probability(self, frames_BKHWC: Tensor, agent_pos_BKP: Tensor | None = None) -> Tensor:
+        """As :meth:`Judge.probability`; agent_pos of the same frames in own units, None where it is not known."""
+        ...
+
+
+@runtime_checkable
 class Locator(Judge, Protocol):
     """A judge that also says where the task's object is, so that misplaced objects can be measured in metres."""
 
@@ -74,7 +93,8 @@ class FrameCoder(Judge, Protocol):
     def code_size(self) -> int: ...
 
     def code(self, frames_BHWC: Tensor) -> Tensor:
-        """Frames (B, H, W, C) uint8, each alone, to codes (B, D) float32."""
+        """Frames (B, H, W, C) uint8, each alone, to codes (B, D) float32; a judge that is told agent_pos takes theirs,
+        (B, P), as a second argument."""
         ...
 
     def probability_of_codes(self, codes_BKD: Tensor) -> Tensor:
@@ -121,7 +141,8 @@ class EpisodeJudge(Protocol):
 
 
 class AtLastRow:
-    """A streaming judge as a judge of episodes: what it says of the last row. An :class:`EpisodeJudge`."""
+    """A streaming judge as a judge of episodes: what it says of the last row, from frames alone. An
+    :class:`EpisodeJudge`."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
@@ -151,14 +172,45 @@ def check_window(judge: Judge, frames_BKHWC: Tensor) -> None:
         )
 
 
-def windows_at(frames_BTHWC: Tensor, rows: Tensor, window: int) -> Tensor:
-    """The windows that end at the given rows: (B, R, K, H, W, C) for rows (R,); row 0 repeats before the start."""
+def told_state(judge: object) -> int:
+    """P, dims of agent_pos that a judge is told; 0 for judges of frames alone."""
+    return judge.state_dim if isinstance(judge, ProprioceptiveJudge) else 0
+
+
+def check_agent_pos(judge: ProprioceptiveJudge, agent_pos: Tensor | None, frames: Tensor) -> None:
+    """Raise :class:`InvalidArgument` unless agent_pos (..., P) is the judge's, of frames (..., H, W, C), or None."""
+    if agent_pos is None:
+        return
+    expected = (*frames.shape[:-3], judge.state_dim)
+    if not judge.state_dim or not agent_pos.is_floating_point() or tuple(agent_pos.shape) != expected:
+        rule = f"floating agent_pos of shape {expected}" if judge.state_dim else "frames alone"
+        raise InvalidArgument(
+            f"judge {judge.name!r} needs {rule}, got {agent_pos.dtype} agent_pos of shape {tuple(agent_pos.shape)}; "
+            "give that of the same frames in its own units, or None."
+        )
+
+
+def ask(judge: Judge, read: Callable[..., Tensor], frames: Tensor, agent_pos: Tensor | None) -> Tensor:
+    """What a method of a judge (``probability``, ``position`` or ``code``) says of frames, told their agent_pos where
+    the judge can be and it is known."""
+    return read(frames, agent_pos) if told_state(judge) and agent_pos is not None else read(frames)
+
+
+def windows_at(values_BT: Tensor, rows: Tensor, window: int) -> Tensor:
+    """The windows of frames, or of what comes with them, that end at the given rows: (B, R, K, ...) for rows (R,) of
+    (B, T, ...); row 0 repeats before the start."""
     offsets_K = torch.arange(1 - window, 1, device=rows.device)
     index_RK = (rows[:, None] + offsets_K).clamp_min(0)
-    return frames_BTHWC[:, index_RK]
+    return values_BT[:, index_RK]
 
 
-def episode_probabilities(judge: Judge, frames_BTHWC: Tensor, rows: Tensor | None = None, batch: int = 256) -> Tensor:
+def episode_probabilities(
+    judge: Judge,
+    frames_BTHWC: Tensor,
+    rows: Tensor | None = None,
+    batch: int = 256,
+    agent_pos_BTP: Tensor | None = None,
+) -> Tensor:
     """The judge's probability at every row (or at the given rows) of whole episodes.
 
     Args:
@@ -166,20 +218,38 @@ def episode_probabilities(judge: Judge, frames_BTHWC: Tensor, rows: Tensor | Non
         frames_BTHWC: uint8 videos.
         rows: (R,) int64 row indices; all rows by default.
         batch: windows per call of the judge.
+        agent_pos_BTP: of all frames, own units, for judges that are told it; None where it is not known.
 
     Returns:
         (B, R) float32.
+
+    Raises:
+        InvalidArgument: no episode, rows outside of them, or agent_pos that is not theirs.
     """
-    return _over_episodes(judge.probability, judge.window, frames_BTHWC, rows, batch)
+    return _over_episodes(judge, judge.probability, frames_BTHWC, rows, batch, agent_pos_BTP)
 
 
-def episode_positions(judge: Locator, frames_BTHWC: Tensor, rows: Tensor | None = None, batch: int = 256) -> Tensor:
-    """Where the object is at every row (or at the given rows) of whole episodes: (B, R, 3) float32 metres."""
-    return _over_episodes(judge.position, judge.window, frames_BTHWC, rows, batch)
+def episode_positions(
+    judge: Locator,
+    frames_BTHWC: Tensor,
+    rows: Tensor | None = None,
+    batch: int = 256,
+    agent_pos_BTP: Tensor | None = None,
+) -> Tensor:
+    """Where the object is at every row (or at the given rows) of whole episodes: (B, R, 3) float32 metres.
+
+    Arguments and errors as for :func:`episode_probabilities`.
+    """
+    return _over_episodes(judge, judge.position, frames_BTHWC, rows, batch, agent_pos_BTP)
 
 
 def _over_episodes(
-    read: Callable[[Tensor], Tensor], window: int, frames_BTHWC: Tensor, rows: Tensor | None, batch: int
+    judge: Judge,
+    read: Callable[..., Tensor],
+    frames_BTHWC: Tensor,
+    rows: Tensor | None,
+    batch: int,
+    agent_pos_BTP: Tensor | None,
 ) -> Tensor:
     count, length = frames_BTHWC.shape[:2]
     if rows is None:
@@ -189,11 +259,15 @@ def _over_episodes(
             f"need at least one episode and rows in [0, {length}), got {count} episodes and rows {rows.tolist()}; "
             "count rows from the episode's start."
         )
+    given: tuple[Tensor, ...] = (frames_BTHWC,)
+    if isinstance(judge, ProprioceptiveJudge) and judge.state_dim and agent_pos_BTP is not None:
+        check_agent_pos(judge, agent_pos_BTP, frames_BTHWC)
+        given = (frames_BTHWC, agent_pos_BTP.to(frames_BTHWC.device))
     per_call = max(1, batch // len(rows))
     parts = []
     for start in range(0, count, per_call):
-        windows = windows_at(frames_BTHWC[start : start + per_call], rows, window)
-        parts.append(read(windows.flatten(0, 1)).unflatten(0, (-1, len(rows))))
+        windows = (windows_at(x[start : start + per_call], rows, judge.window).flatten(0, 1) for x in given)
+        parts.append(read(*windows).unflatten(0, (-1, len(rows))))
     return torch.cat(parts)
 
 

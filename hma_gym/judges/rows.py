@@ -1,6 +1,7 @@
 """Ground truth row by row: what the simulator knew about each recorded frame.
 
-Shape legend: T rows of an episode, F rows of all chosen episodes end to end, H W image, 3 metres or channels.
+Shape legend: T rows of an episode, F rows of all chosen episodes end to end, H W image, 3 metres or channels, P
+agent_pos dims.
 """
 
 from __future__ import annotations
@@ -76,9 +77,15 @@ class RowLabels:
 
 @dataclass(frozen=True)
 class LabelledRows(RowLabels):
-    """Rows with their frames. ``frames_FHWC``: uint8."""
+    """Rows with what was seen and felt.
+
+    Attributes:
+        frames_FHWC: uint8.
+        agent_pos_FP: own units; P = 0 where it is not known, or the episodes are of different robots.
+    """
 
     frames_FHWC: NDArray[np.uint8]
+    agent_pos_FP: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,12 @@ def label_rows(episodes: Sequence[Episode]) -> LabelledRows:
     """Put episodes end to end. Raises :class:`DatasetError` when there is none."""
     if not episodes:
         raise DatasetError("no episode to label; choose at least one.")
+    dims = {episode.agent_pos_TP.shape[1] for episode in episodes}
+    told = min(dims) if len(dims) == 1 else 0
     first_F, last_N = bounds_of(np.array([len(episode) for episode in episodes]))
     return LabelledRows(
         frames_FHWC=np.concatenate([episode.images_THWC for episode in episodes]),
+        agent_pos_FP=np.concatenate([episode.agent_pos_TP[:, :told] for episode in episodes]),
         success_F=np.concatenate([success_by_row(episode) for episode in episodes]),
         position_F3=np.concatenate([object_by_row(episode) for episode in episodes]),
         first_F=first_F,

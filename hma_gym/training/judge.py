@@ -11,7 +11,11 @@ Some windows are shown as the tokenizer gives them back, with noise in the token
 where it cannot be seen there is no success. A judge of a world that is trained already can be taught how that world
 draws (``--world``): what it draws pale or blurred is then read for what it is.
 
-Shape legend: B windows, K window, F rows, N episodes, H W C image.
+Beside the frames the judge is told agent_pos, where the data has it (``--state``): with a little noise, for a world
+foretells it with errors, and in some windows not at all, so that it still judges from the picture alone. A judge of
+frames alone goes on as one that is told (``--init``): at first it says what it said before.
+
+Shape legend: B windows, K window, F rows, N episodes, H W C image, P agent_pos dims.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +41,12 @@ from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.judges.augment import augment, fade_red
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, load_judge, save_judge
+from hma_gym.judges.protocol import ask
 from hma_gym.judges.rows import LabelledRows, RowLabels, label_rows
 from hma_gym.judges.trained import JudgeT, TrainedJudge
 from hma_gym.metrics.calibration import BinaryReport, binary_report
 from hma_gym.metrics.video import background_image
+from hma_gym.nn.parameters import load_fitting
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import (
@@ -64,7 +71,8 @@ class JudgeTrainConfig:
         world: a checkpoint whose body draws robot and object (of one domain): instead of round trips, windows are shown
             as it draws the recorded poses, and the judge is calibrated on real and drawn frames alike.
         test_data: another dataset, all of whose episodes are the test; None for the test split of ``data``.
-        init: folder of a trained judge of the same shape to start from, instead of random weights.
+        init: folder of a trained judge to start from, instead of random weights; its shape is kept, and a judge of
+            frames alone may learn to be told agent_pos.
         minutes: wall-clock time of training.
         steps: length in optimiser steps instead of minutes (exactly resumable).
         batch_size: windows per step.
@@ -80,6 +88,9 @@ class JudgeTrainConfig:
             often. None shows all rows evenly.
         fade_red: let the object, which is red, fade in some of the windows.
         position_weight: weight of the position loss beside the verdict's.
+        state: tell the judge agent_pos, where the data has it.
+        state_hidden: share of the windows in which it is hidden.
+        state_noise: standard deviation of the noise added to it, one draw a window, own units.
         threads: torch threads.
         seed: of everything random.
         progress: show a progress bar.
@@ -106,6 +117,9 @@ class JudgeTrainConfig:
     decision_height: float | None = 0.84
     fade_red: bool = True
     position_weight: float = 0.5
+    state: bool = True
+    state_hidden: float = 0.15
+    state_noise: float = 0.002
     threads: int = 1
     seed: int = 0
     progress: bool = True
@@ -114,6 +128,11 @@ class JudgeTrainConfig:
         for name in ("minutes", "batch_size", "lr", "max_episodes", "max_held_out", "threads"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.state_hidden <= 1 or self.state_noise < 0:
+            raise InvalidArgument(
+                "state_hidden must be a share in [0, 1] and state_noise at least 0, got "
+                f"state_hidden={self.state_hidden}, state_noise={self.state_noise}."
+            )
         if self.world is not None and self.tokenizer is not None:
             raise InvalidArgument(
                 "a judge learns how a world draws, or its tokenizer's round trips: name world or tokenizer, got "
@@ -181,19 +200,19 @@ class JudgeTraining(nn.Module):
 
     Args:
         judge: what is trained.
-        position_weight: weight of the position loss beside the verdict's.
+        config: how.
         background_CHW: the empty scene in [-1, 1], into which a red object fades at times; None for no fading.
     """
 
-    def __init__(self, judge: ClassifierJudge, position_weight: float, background_CHW: Tensor | None) -> None:
+    def __init__(self, judge: ClassifierJudge, config: JudgeTrainConfig, background_CHW: Tensor | None) -> None:
         super().__init__()
         self.judge = judge
-        self.position_weight = position_weight
+        self.config = config
         self.register_buffer("background_CHW", background_CHW, persistent=False)
         self.background_CHW: Tensor | None
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """:func:`judge_loss` on damaged frames."""
+        """:func:`judge_loss` on damaged frames and noisy agent_pos."""
         frames_BKCHW = batch["frames_BKHWC"].permute(0, 1, 4, 2, 3).float() * (2 / 255) - 1
         success_B, place_B3 = batch["success_B"].float(), batch["position_B3"]
         with torch.autocast(frames_BKCHW.device.type, enabled=False):
@@ -202,7 +221,17 @@ class JudgeTraining(nn.Module):
                 success_B = success_B.masked_fill(gone_B, 0.0)
                 place_B3 = place_B3.masked_fill(gone_B[:, None], float("nan"))
             damaged_BKCHW = augment(frames_BKCHW, generator)
-        return judge_loss(self.judge, self.judge(damaged_BKCHW), success_B, place_B3, self.position_weight)
+            told_BKS = self._told(batch["agent_pos_BKP"], generator) if self.judge.state_dim else None
+        said = self.judge(damaged_BKCHW, told_BKS)
+        return judge_loss(self.judge, said, success_B, place_B3, self.config.position_weight)
+
+    def _told(self, agent_pos_BKP: Tensor, generator: torch.Generator) -> Tensor:
+        """What the judge is told of agent_pos, (B, K, S): with noise, and in some windows nothing."""
+        B, K, P = agent_pos_BKP.shape
+        noise_B1P = torch.randn(B, 1, P, generator=generator, device=agent_pos_BKP.device)
+        shown_B = torch.rand(B, 1, 1, generator=generator, device=agent_pos_BKP.device) >= self.config.state_hidden
+        noisy_BKP = agent_pos_BKP + self.config.state_noise * noise_B1P
+        return self.judge.told(noisy_BKP, noisy_BKP.shape[:2]) * shown_B
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Every weight, the usual way."""
@@ -219,7 +248,7 @@ class JudgeBatches:
         self.near_rows = rows.near(config.decision_height)
 
     def batch(self, step: int) -> Mapping[str, Tensor]:
-        """``frames_BKHWC`` uint8, ``success_B`` bool, ``position_B3`` float32 (m)."""
+        """``frames_BKHWC`` uint8, ``agent_pos_BKP`` float32, ``success_B`` bool, ``position_B3`` float32 (m)."""
         generator = np.random.default_rng((self.config.seed, step))
         size, total = self.config.batch_size, len(self.rows.success_F)
         chosen_B = generator.integers(0, total, size)
@@ -232,6 +261,7 @@ class JudgeBatches:
             frames_BKHWC[coded_B] = self.roundtrip_FHWC[index_BK[coded_B]]
         return {
             "frames_BKHWC": torch.from_numpy(frames_BKHWC),
+            "agent_pos_BKP": torch.from_numpy(self.rows.agent_pos_FP[index_BK]),
             "success_B": torch.from_numpy(self.rows.success_F[chosen_B]),
             "position_B3": torch.from_numpy(self.rows.position_F3[chosen_B]),
         }
@@ -256,13 +286,14 @@ def round_trip(
 def score_rows(
     judge: ClassifierJudge, rows: LabelledRows, rows_B: NDArray[np.int64], batch: int = 128
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Probability (B,) and predicted position (B, 3) at the given rows."""
+    """Probability (B,) and predicted position (B, 3) at the given rows, told agent_pos where it is known."""
     probabilities, positions = [], []
     for start in range(0, len(rows_B), batch):
         index_BK = rows.windows(rows_B[start : start + batch], judge.window)
         frames = torch.from_numpy(rows.frames_FHWC[index_BK])
-        probabilities.append(judge.probability(frames).double().numpy())
-        positions.append(judge.position(frames).double().numpy())
+        agent_pos = torch.from_numpy(rows.agent_pos_FP[index_BK]) if rows.agent_pos_FP.shape[1] else None
+        probabilities.append(ask(judge, judge.probability, frames, agent_pos).double().numpy())
+        positions.append(ask(judge, judge.position, frames, agent_pos).double().numpy())
     return np.concatenate(probabilities), np.concatenate(positions)
 
 
@@ -375,7 +406,7 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
             f"{str(config.data)!r}: all {len(train_rows.success_F)} training rows have one outcome; a judge needs "
             "episodes with success and with failure."
         )
-    model = JudgeTraining(_fresh_judge(config, train_rows), config.position_weight, _scene(config, train_rows))
+    model = JudgeTraining(_fresh_judge(config, train_rows), config, _scene(config, train_rows))
     if tokenizer is not None and config.roundtrip_episodes > 0:
         rows = int(train_rows.last_N[: config.roundtrip_episodes][-1]) + 1
         coded = round_trip(tokenizer, train_rows.frames_FHWC[:rows], config.token_noise, config.seed)
@@ -406,8 +437,12 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     judge = calibrate(raw, said_F, np.concatenate([rows.success_F for rows in seen]))
     test_B = np.arange(len(test_rows), dtype=np.int64)
     measured = measure(judge, *score_rows(judge, test_rows, test_B), test_rows)
+    untold = None
+    if judge.state_dim:
+        hidden = dataclasses.replace(test_rows, agent_pos_FP=test_rows.agent_pos_FP[:, :0])
+        untold = measure(judge, *score_rows(judge, hidden, test_B), hidden)
     folder = save_judge(judge, config.out)
-    write_report(judge, measured, folder, "report.json")
+    write_report(judge, measured, folder, "report.json", untold)
     if config.progress:
         print(summary(measured, folder))
     return JudgeTrainResult(judge, folder, measured)
@@ -429,10 +464,35 @@ def calibrate(raw: JudgeT, probability_F: NDArray[np.float64], success_F: NDArra
 
 
 def _fresh_judge(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierJudge:
-    """Random weights, or those of ``config.init`` without its calibration, ready to be trained."""
+    """Random weights, or those of ``config.init`` without its calibration, ready to be trained.
+
+    Raises:
+        InvalidArgument: a judge to start from that is told another agent_pos than this one would be.
+    """
     if config.init is None:
         return ClassifierJudge(_shape(config, rows))
-    return load_judge(config.init).calibrated(1.0, 0.5).train().requires_grad_(True)
+    judge, state = load_judge(config.init).calibrated(1.0, 0.5), _state(config, rows)
+    if judge.state_dim == 0 and state["state_dim"]:
+        frames_alone, judge = judge.state_dict(), ClassifierJudge(dataclasses.replace(judge.config, **state))
+        wrong = load_fitting(judge, {**judge.state_dict(), **frames_alone})
+        assert not wrong
+    if judge.state_dim != state["state_dim"]:
+        raise InvalidArgument(
+            f"init must be a judge of frames alone, or one that is told {state['state_dim']} dims of agent_pos as here "
+            f"(state={config.state}, data of {rows.agent_pos_FP.shape[1]} dims), got one that is told "
+            f"{judge.state_dim}; give data of its robot, or another judge."
+        )
+    return judge.train().requires_grad_(True)
+
+
+def _state(config: JudgeTrainConfig, rows: LabelledRows) -> dict[str, Any]:
+    """The part of a classifier's config that says what it is told of agent_pos."""
+    told_FP = rows.agent_pos_FP.astype(np.float64) if config.state else rows.agent_pos_FP[:, :0]
+    return {
+        "state_dim": told_FP.shape[1],
+        "state_mean": tuple(told_FP.mean(axis=0).tolist()),
+        "state_std": tuple(np.maximum(told_FP.std(axis=0), 1e-3).tolist()),
+    }
 
 
 def _scene(config: JudgeTrainConfig, rows: LabelledRows, most: int = 1000) -> Tensor | None:
@@ -445,10 +505,15 @@ def _scene(config: JudgeTrainConfig, rows: LabelledRows, most: int = 1000) -> Te
 
 
 def _shape(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierConfig:
-    """The classifier's config for this data: its image size and the statistics of the object's position."""
+    """The classifier's config for this data: its image size, and the statistics of agent_pos and of the object's
+    position."""
     height, width = rows.frames_FHWC.shape[1:3]
     shape = ClassifierConfig(
-        window=config.window, image_size=(height, width), channels=config.channels, width=config.width
+        window=config.window,
+        image_size=(height, width),
+        channels=config.channels,
+        width=config.width,
+        **_state(config, rows),
     )
     known = rows.position_F3[np.isfinite(rows.position_F3).all(axis=1)].astype(np.float64)
     if not len(known):
@@ -472,8 +537,11 @@ def measure(
     )
 
 
-def write_report(judge: TrainedJudge, measured: Measured, folder: Path, name: str) -> None:
-    """``<folder>/<name>``: the calibration and all that was measured, as JSON."""
+def write_report(
+    judge: TrainedJudge, measured: Measured, folder: Path, name: str, untold: Measured | None = None
+) -> None:
+    """``<folder>/<name>``: the calibration and all that was measured, as JSON; ``untold`` is of a judge that is told
+    agent_pos, without it."""
     error = (measured.position_error_m, measured.position_error_p95_m)
     report = {
         "episodes": measured.outcomes.count,
@@ -485,6 +553,9 @@ def write_report(judge: TrainedJudge, measured: Measured, folder: Path, name: st
             key: value if np.isfinite(value) else None for key, value in zip(("median", "p95"), error, strict=True)
         },
     }
+    if untold is not None:
+        parts = {"frames": untold.frames, "outcomes": untold.outcomes}
+        report["without_agent_pos"] = {key: dataclasses.asdict(part) for key, part in parts.items()}
     (folder / name).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from hma_gym.errors import CheckpointError, InvalidArgument, InvalidImage
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, build_classifier
+from hma_gym.judges.protocol import told_state
+from hma_gym.nn.precision import in_precision
 
+TOLD = {"state_dim": 2, "state_mean": (0.5, 1.0), "state_std": (0.1, 0.2)}
 SMALL = ClassifierConfig(window=2, image_size=(16, 16), channels=(4, 8, 8), width=16)
 
 
@@ -74,8 +77,84 @@ def test_temperature_softens_and_keeps_the_order() -> None:
     assert soft.threshold == 0.3 and judge.threshold == 0.5
 
 
+def _feeling() -> ClassifierJudge:
+    """Told agent_pos, and not silent about it."""
+    judge = _judge(dataclasses.replace(SMALL, **TOLD))
+    assert judge.sense is not None
+    torch.nn.init.normal_(judge.sense[-1].weight, std=0.3)
+    return judge
+
+
+def test_told_agent_pos() -> None:
+    judge, frames = _feeling(), _windows(4)
+    poses = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(2))
+    said = judge.probability(frames, poses)
+    assert (
+        judge.state_dim == 2
+        and judge.code_size == SMALL.width + 3
+        and not torch.equal(judge.position(frames), judge.position(frames, poses))
+    )
+    for k in range(2):
+        moved = poses.clone()
+        moved[:, k] += 0.05
+        assert ((judge.probability(frames, moved) - said).abs() > 1e-5).all(), "the whole window is felt"
+    codes = torch.stack([judge.code(frames[:, k], poses[:, k]) for k in range(2)], dim=1)
+    assert torch.allclose(judge.probability_of_codes(codes), said, atol=1e-6)
+    assert torch.allclose(codes[..., -3:-1] * torch.tensor((0.1, 0.2)) + torch.tensor((0.5, 1.0)), poses, atol=1.0)
+    alone = torch.stack([judge.code(frames[:, k]) for k in range(2)], dim=1)
+    assert not alone[..., -3:].any() and (codes[..., -1] == 1).all()
+    assert torch.allclose(judge.probability_of_codes(alone), judge.probability(frames), atol=1e-6)
+    again = build_classifier(json.loads(json.dumps(judge.config.to_dict())), judge.tensors())
+    assert again.config == judge.config
+    assert torch.allclose(again.probability(frames, poses), said, atol=2e-3)
+    low = in_precision(judge, "bfloat16")
+    assert torch.allclose(low.probability(frames, poses), said, atol=0.02)
+
+
+def test_a_fresh_judge_does_not_heed_agent_pos_yet() -> None:
+    alone, told, frames = _judge(), _judge(dataclasses.replace(SMALL, **TOLD)), _windows(4)
+    assert all(torch.equal(tensor, told.state_dict()[name]) for name, tensor in alone.state_dict().items())
+    assert torch.equal(told.probability(frames, torch.rand(4, 2, 2)), alone.probability(frames))
+    assert torch.equal(told.probability(frames), alone.probability(frames))
+
+
+def test_a_judge_stored_before_agent_pos_was_told_is_read() -> None:
+    judge, frames = _judge(), _windows(2)
+    config = {name: value for name, value in judge.config.to_dict().items() if not name.startswith("state_")}
+    old = build_classifier(config, judge.tensors())
+    assert old.config == judge.config and told_state(old) == 0 and old.code_size == SMALL.width
+    assert {name.split(".")[0] for name in old.state_dict()} == {
+        *("encoder", "project", "mix", "hidden", "logit_head", "position_head")
+    }
+    assert torch.allclose(old.probability(frames), judge.probability(frames), atol=2e-3)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 2, 3), torch.zeros(3, 2), torch.zeros(3, 2, 2).long()])
+def test_wrong_agent_pos_is_refused(wrong: Tensor) -> None:
+    judge, frames = _feeling(), _windows(3)
+    for read in (judge.probability, judge.position):
+        with pytest.raises(
+            InvalidArgument, match=r"agent_pos of shape \(3, 2, 2\), got .*; give that of the same frames"
+        ):
+            read(frames, wrong)
+    with pytest.raises(InvalidArgument, match=r"\(3, 2\)"):
+        judge.code(frames[:, 0], wrong[:, :1])
+    with pytest.raises(InvalidArgument, match="needs frames alone"):
+        _judge().probability(frames, torch.zeros(3, 2, 2))
+
+
 @pytest.mark.parametrize(
-    "change", [{"window": 0}, {"image_size": (20, 16)}, {"temperature": 0.0}, {"threshold": 1.0}, {"width": 0}]
+    "change",
+    [
+        {"window": 0},
+        {"image_size": (20, 16)},
+        {"temperature": 0.0},
+        {"threshold": 1.0},
+        {"width": 0},
+        {"state_dim": 2},
+        {**TOLD, "state_dim": 3},
+        {**TOLD, "state_std": (0.1, 0.0)},
+    ],
 )
 def test_impossible_configs_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):

@@ -14,7 +14,7 @@ from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.judges import registry
 from hma_gym.judges.ensemble import EnsembleJudge, centred
-from hma_gym.judges.protocol import AtLastRow, EpisodeJudge, Judge, verdict
+from hma_gym.judges.protocol import AtLastRow, EpisodeJudge, Judge, told_state, verdict
 
 
 class LastPixel:
@@ -59,6 +59,29 @@ def test_rules(rule: str, expected: list[int]) -> None:
     probability = judge.probability(frames((255, 255), (60, 100), (0, 0)))
     assert verdict(judge, probability).int().tolist() == expected
     assert torch.equal(judge.probability(frames((60, 100))), probability[1:2])
+
+
+class Feeling(LastPixel):
+    """Told agent_pos; its first number, in the oldest frame of the window, decides."""
+
+    def __init__(self, name: str, window: int, state_dim: int) -> None:
+        super().__init__(name, window, 0.5, 0)
+        self.state_dim = state_dim
+
+    def probability(self, frames_BKHWC: Tensor, agent_pos_BKP: Tensor | None = None) -> Tensor:
+        return super().probability(frames_BKHWC) if agent_pos_BKP is None else agent_pos_BKP[:, 0, 0]
+
+
+def test_members_are_told_agent_pos() -> None:
+    judge = EnsembleJudge([A, B, Feeling("hand", 2, 4)], "median")
+    assert told_state(judge) == 4 and told_state(EnsembleJudge([A, B])) == 0
+    poses = torch.rand(1, 3, 4)
+    assert torch.allclose(judge.probability(frames((255, 0)), poses), poses[:, 1, 0])
+    assert torch.equal(judge.probability(frames((255, 0))), torch.ones(1))
+    with pytest.raises(InvalidArgument, match=r"shape \(1, 3, 4\)"):
+        judge.probability(frames((255, 0)), poses[:, 1:])
+    with pytest.raises(InvalidArgument, match="agent_pos of one size"):
+        EnsembleJudge([Feeling("hand", 2, 4), Feeling("other", 2, 5)])
 
 
 def test_wrong_ensembles_are_refused() -> None:

@@ -9,7 +9,16 @@ from torch import Tensor
 from hma_gym.errors import InvalidArgument, InvalidImage, UnknownName
 from hma_gym.judges import registry
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
-from hma_gym.judges.protocol import Judge, check_window, episode_probabilities, verdict, windows_at
+from hma_gym.judges.protocol import (
+    Judge,
+    ProprioceptiveJudge,
+    check_window,
+    episode_positions,
+    episode_probabilities,
+    told_state,
+    verdict,
+    windows_at,
+)
 
 
 class BrightnessJudge:
@@ -50,6 +59,51 @@ def test_whole_episode_equals_streaming(judge: Judge) -> None:
         assert torch.allclose(judge.probability(torch.stack(history, dim=1)), whole[:, t], atol=1e-6)
     assert torch.allclose(episode_probabilities(judge, frames, torch.tensor([6])), whole[:, -1:], atol=1e-6)
     assert torch.equal(verdict(judge, whole), whole >= judge.threshold)
+
+
+class Holding:
+    """A judge that is told agent_pos: the oldest pose of its window decides where it is known, else the light."""
+
+    name, window, threshold, state_dim = "holding", 3, 0.5, 2
+
+    def probability(self, frames_BKHWC: Tensor, agent_pos_BKP: Tensor | None = None) -> Tensor:
+        if agent_pos_BKP is None:
+            return frames_BKHWC[:, -1].float().mean(dim=(1, 2, 3)) / 255
+        return agent_pos_BKP[:, 0, 0]
+
+
+def test_a_judge_is_told_agent_pos_where_it_can_be() -> None:
+    frames = _video()
+    poses = torch.rand(3, 7, 2, generator=torch.Generator().manual_seed(1))
+    assert isinstance(Holding(), ProprioceptiveJudge) and told_state(Holding()) == 2
+    assert told_state(BrightnessJudge()) == 0
+    said = episode_probabilities(Holding(), frames, batch=4, agent_pos_BTP=poses)
+    assert torch.equal(said, poses[:, [0, 0, 0, 1, 2, 3, 4], 0])
+    assert torch.equal(episode_probabilities(Holding(), frames), frames.float().mean(dim=(2, 3, 4)) / 255)
+    assert torch.equal(
+        episode_probabilities(BrightnessJudge(), frames, agent_pos_BTP=poses),
+        episode_probabilities(BrightnessJudge(), frames),
+    )
+    with pytest.raises(InvalidArgument, match=r"'holding' needs floating agent_pos of shape \(3, 7, 2\)"):
+        episode_probabilities(Holding(), frames, agent_pos_BTP=poses[:, 1:])
+
+
+def test_streaming_equals_whole_episode_with_agent_pos() -> None:
+    torch.manual_seed(0)
+    told = {"state_dim": 2, "state_mean": (0.5, 0.5), "state_std": (0.3, 0.3)}
+    judge = ClassifierJudge(ClassifierConfig(image_size=(16, 16), **told)).eval()  # type: ignore[arg-type]
+    assert judge.sense is not None
+    torch.nn.init.normal_(judge.sense[-1].weight, std=0.3)
+    frames, poses = _video(), torch.rand(3, 7, 2)
+    whole = episode_probabilities(judge, frames, batch=4, agent_pos_BTP=poses)
+    where = episode_positions(judge, frames, agent_pos_BTP=poses)
+    assert not torch.allclose(whole, episode_probabilities(judge, frames), atol=1e-4)
+    seen, felt = [frames[:, 0]] * judge.window, [poses[:, 0]] * judge.window
+    for t in range(7):
+        seen, felt = [*seen[1:], frames[:, t]], [*felt[1:], poses[:, t]]
+        now = torch.stack(seen, dim=1), torch.stack(felt, dim=1)
+        assert torch.allclose(judge.probability(*now), whole[:, t], atol=1e-6)
+        assert torch.allclose(judge.position(*now), where[:, t], atol=1e-6)
 
 
 def test_rows_outside_the_episode_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from judge_toy import toy_episode, write_toy
 from toy_checkpoint import SIZE, toy_checkpoint
 
+from hma_gym.data.episodes import Episode
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.dynamics.checkpoint import save_checkpoint
 from hma_gym.errors import CheckpointError, DatasetError, InvalidArgument
 from hma_gym.judges import augment
-from hma_gym.judges.classifier import load_judge
+from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge, load_judge
 from hma_gym.judges.protocol import episode_probabilities, verdict
 from hma_gym.judges.rows import label_rows, object_by_row, success_by_row
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer
@@ -23,6 +25,7 @@ from hma_gym.tokenizers.files import save_tokenizer
 from hma_gym.training.judge import (
     JudgeBatches,
     JudgeTrainConfig,
+    JudgeTraining,
     drawn_frames,
     fit_temperature,
     fit_threshold,
@@ -156,6 +159,76 @@ def test_training_goes_on_from_a_judge(toy_data: Path, tmp_path: Path) -> None:
     assert second.judge.config.position_mean == first.judge.config.position_mean
     for name, tensor in second.judge.state_dict().items():
         assert torch.allclose(tensor, first.judge.state_dict()[name], atol=1e-3)
+
+
+def _blind(seed: int, robot: int = 2) -> Episode:
+    """Pictures that show nothing; the height that decides is told by agent_pos alone, to a millimetre or so."""
+    episode = toy_episode(seed)
+    poses = np.full((len(episode), robot), 0.5, np.float32)
+    poses[:, 0] = episode.obs["object"][:, 2]
+    return dataclasses.replace(episode, images_THWC=np.full_like(episode.images_THWC, 90), agent_pos_TP=poses)
+
+
+def test_what_no_picture_shows_agent_pos_tells(tmp_path: Path) -> None:
+    data = write_toy(tmp_path / "blind.hdf5", [_blind(seed) for seed in range(48)])
+    result = train_judge(_config(data, tmp_path / "told"))
+    report = json.loads((tmp_path / "told" / "report.json").read_text())
+    assert result.judge.state_dim == 2 and result.measured.frames.accuracy > 0.95
+    assert result.measured.position_error_m < 0.04
+    alone = train_judge(_config(data, tmp_path / "alone", state=False))
+    counts = alone.measured.frames
+    share = (counts.true_positives + counts.false_negatives) / counts.count
+    most = max(share, 1 - share)
+    assert alone.judge.state_dim == 0 and alone.measured.frames.accuracy <= most + 1e-9
+    assert report["without_agent_pos"]["frames"]["accuracy"] <= most + 1e-9
+    assert "without_agent_pos" not in json.loads((tmp_path / "alone" / "report.json").read_text())
+
+    picture = torch.full((2, 2, 16, 16, 3), 90, dtype=torch.uint8)
+    high_and_low = torch.tensor([[0.87, 0.5], [0.81, 0.5]])[:, None].expand(2, 2, 2)
+    for judge in (result.judge, load_judge(tmp_path / "told")):
+        assert verdict(judge, judge.probability(picture, high_and_low)).tolist() == [True, False]
+        untold = judge.probability(picture)
+        assert torch.allclose(untold[0], untold[1])
+
+    again = train_judge(_config(data, tmp_path / "again", steps=1, lr=1e-9, init=tmp_path / "told"))
+    assert again.judge.config.state_mean == result.judge.config.state_mean
+    other = write_toy(tmp_path / "other.hdf5", [_blind(seed, robot=3) for seed in range(12)])
+    for changes in ({"data": other}, {"data": data, "state": False}):
+        with pytest.raises(InvalidArgument, match=r"init must be .* \(state=(True|False), data of [23] dims\)"):
+            train_judge(_config(**{"out": tmp_path / "no", "init": tmp_path / "told", **changes}))  # type: ignore[arg-type]
+
+
+def test_a_judge_of_frames_alone_goes_on_as_one_that_is_told(toy_data: Path, tmp_path: Path) -> None:
+    alone = train_judge(_config(toy_data, tmp_path / "alone", steps=60, state=False)).judge
+    told = train_judge(_config(toy_data, tmp_path / "told", steps=1, lr=1e-9, init=tmp_path / "alone")).judge
+    frames = torch.from_numpy(toy_episode(3).images_THWC)[None]
+    poses = torch.randn(1, 10, 9)
+    raw = [judge.calibrated(1.0, 0.5) for judge in (alone, told)]
+    said = [episode_probabilities(judge, frames, agent_pos_BTP=poses) for judge in raw]
+    assert told.state_dim == 9 and torch.allclose(*said, atol=2e-3)
+
+
+def test_training_hides_agent_pos_at_times_and_adds_noise(toy_data: Path, tmp_path: Path) -> None:
+    rows = label_rows([toy_episode(seed) for seed in range(8)])
+    told = {"state_dim": 9, "state_mean": (0.0,) * 9, "state_std": (0.1,) * 9}
+    judge = ClassifierJudge(ClassifierConfig("toy", 2, (16, 16), (4, 4, 4), 8, **told))  # type: ignore[arg-type]
+    heard: list[torch.Tensor] = []
+    judge.register_forward_pre_hook(lambda module, args: heard.append(args[1]))
+    for hidden, noise in ((0.0, 0.01), (0.5, 0.0), (1.0, 0.01)):
+        config = _config(toy_data, tmp_path, state_hidden=hidden, state_noise=noise, batch_size=256)
+        batch = JudgeBatches(rows, config).batch(0)
+        JudgeTraining(judge, config, None).loss(batch, torch.Generator().manual_seed(0))
+        said, known = heard[-1][..., :-1], heard[-1][..., -1]
+        assert torch.equal(known[:, 0], known[:, 1]) and torch.equal(said[:, 0], said[:, 1])  # the toy's hand rests
+        assert float(known.mean()) == pytest.approx(1 - hidden, abs=0.1)
+        assert float(said[known > 0].std()) == pytest.approx(noise / 0.1, rel=0.2) if hidden < 1 else not said.any()
+
+
+def test_robots_of_different_size_are_not_told(tmp_path: Path) -> None:
+    rows = label_rows([_blind(0), _blind(1, robot=3)])
+    assert rows.agent_pos_FP.shape == (20, 0)
+    with pytest.raises(InvalidArgument, match="state_hidden"):
+        _config(tmp_path, tmp_path, state_hidden=1.5)
 
 
 def test_temperature_and_threshold_undo_a_known_fault() -> None:

@@ -135,6 +135,7 @@ def train_world(options: WorldOptions) -> Path:
         )
     )
     judge = None
+    robots = set(options.names or (file.stem for file in options.data))
     if options.judge == "yes" or (options.judge == "auto" and has_both_outcomes(shown[0])):
         judge = train_judge(
             JudgeTrainConfig(
@@ -144,6 +145,7 @@ def train_world(options: WorldOptions) -> Path:
                 minutes=JUDGE_SHARE * options.minutes,
                 steps=options.steps,
                 decision_height=0.84 if options.task == "lift" else None,
+                state=len(robots) == 1,  # one judge serves all domains, and frames are all that they share
                 seed=options.seed,
             )
         ).folder
