@@ -29,7 +29,7 @@ from hma_gym.evaluation.held_out import HeldOut, load_held_out
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.judges.classifier import ClassifierJudge
 from hma_gym.judges.feature import FeatureJudge, load_feature_judge
-from hma_gym.judges.protocol import windows_at
+from hma_gym.judges.protocol import ask, windows_at
 from hma_gym.metrics.calibration import BinaryReport, binary_report
 from hma_gym.metrics.statistics import Interval, wilson_interval
 
@@ -90,11 +90,22 @@ def _over_windows(read: Callable[[Tensor], Tensor], values_BT: Tensor, window: i
 
 
 @torch.inference_mode()
-def on_real(checkpoint: Checkpoint, frames_BTHWC: Tensor, progress: bool) -> Probabilities:
+def on_real(checkpoint: Checkpoint, frames_BTHWC: Tensor, agent_pos_BTP: Tensor, progress: bool) -> Probabilities:
     """Both judges on recorded episodes, each frame read once."""
     classifier, feature = _judges(checkpoint)
-    episodes = tqdm(frames_BTHWC, desc="real episodes", unit="episode", disable=not progress, leave=False)
-    codes, tokens = zip(*((classifier.code(x), checkpoint.tokenizer.encode(x)) for x in episodes), strict=True)
+    episodes = tqdm(
+        zip(frames_BTHWC, agent_pos_BTP, strict=True),
+        desc="real episodes",
+        unit="episode",
+        total=len(frames_BTHWC),
+        disable=not progress,
+        leave=False,
+    )
+    read = (
+        (ask(classifier, classifier.code, frames, agent_pos), checkpoint.tokenizer.encode(frames))
+        for frames, agent_pos in episodes
+    )
+    codes, tokens = zip(*read, strict=True)
     return {
         classifier.name: _over_windows(classifier.probability_of_codes, torch.stack(codes), classifier.window),
         feature.name: _over_windows(feature.probability_of_tokens, torch.stack(tokens), feature.window),
@@ -157,7 +168,8 @@ def judges(config: JudgesConfig) -> tuple[Path, Path]:
     own = _judges(checkpoint)
     dataset = open_dataset(config.data)
     held_out = load_held_out(dataset, split=config.split, episodes=config.episodes, rows=config.rows, seed=config.seed)
-    real = on_real(checkpoint, torch.from_numpy(held_out.frames_BTHWC), config.progress)
+    frames, agent_pos = torch.from_numpy(held_out.frames_BTHWC), torch.from_numpy(held_out.agent_pos_BTP)
+    real = on_real(checkpoint, frames, agent_pos, config.progress)
     generated = on_generated(checkpoint, held_out, config)
     truth_BT = held_out.success_BT
     count = len(generated[own[0].name])

@@ -31,7 +31,7 @@ from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
-from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge
+from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge, ask, told_state
 from hma_gym.nn.precision import Precision
 from hma_gym.nn.transformer import Cache
 
@@ -183,10 +183,12 @@ def _judging(judge: Judge | TokenJudge, frames_BKHWC: Tensor, tokens_B: Tensor) 
     if isinstance(judge, TokenJudge):
         tokens_BK = torch.stack([tokens_B] * judge.window, dim=1)
         return lambda: judge.probability_of_tokens(tokens_BK)
+    told_BKP = torch.zeros(*frames_BKHWC.shape[:2], told_state(judge), device=frames_BKHWC.device)
     if isinstance(judge, FrameCoder):
         codes_BKD = torch.zeros(*frames_BKHWC.shape[:2], judge.code_size, device=frames_BKHWC.device)
-        return lambda: (judge.code(frames_BKHWC[:, -1]), judge.probability_of_codes(codes_BKD))
-    return lambda: judge.probability(frames_BKHWC)
+        last = (frames_BKHWC[:, -1], told_BKP[:, -1])
+        return lambda: (ask(judge, judge.code, *last), judge.probability_of_codes(codes_BKD))
+    return lambda: ask(judge, judge.probability, frames_BKHWC, told_BKP)
 
 
 def profile_step(config: ProfileConfig, world: LearnedWorld, count: int) -> StepProfile:

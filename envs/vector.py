@@ -42,7 +42,7 @@ from hma_gym.errors import EnvironmentState, InvalidArgument
 from hma_gym.judges.protocol import Judge, TokenJudge
 
 Decode = Literal["last", "all", "none"]
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _SEED_LIMIT = 2**62
 
 
@@ -300,6 +300,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
                 **rollout,
                 "tokens": copy.tokens_NK,
                 "frames": copy.frames_NFHWC,
+                "agent_pos": copy.agent_pos_NFP,
                 "codes": copy.codes_NFD,
                 "uncertainty": copy.uncertainty_N,
             },
@@ -332,6 +333,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
             rollout,
             tensors["tokens"],
             tensors["frames"],
+            tensors["agent_pos"],
             tensors["codes"],
             tensors["uncertainty"],
             state["hidden"],

@@ -8,7 +8,8 @@ do not depend on who resets: so a row's numbers do not depend on what its neighb
 
 Shape legend: N rows, R rows that begin, K window of the judge, F frames of it that are kept as pixels (K, or 1 where
 the judge reads none), D numbers of a judge's code of a frame, T frames of context, H W frame, S tokens of a frame, P
-agent_pos dims, A numbers of an action (action dims times stride).
+agent_pos dims (in the rows those that the judge is told: 0 where it is told none), A numbers of an action (action dims
+times stride).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.judges.classifier import ClassifierJudge
 from hma_gym.judges.feature import FeatureJudge
-from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge
+from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge, ask, told_state
 from hma_gym.judges.registry import get_step_judge
 
 Mask = NDArray[np.bool_]
@@ -49,6 +50,7 @@ class Rows:
         rollout: the dynamics model's state.
         tokens_NK: tokens of the last K frames, oldest first; at the start the first frame fills the window.
         frames_NFHWC: the last F of those frames, uint8; meaningless where hidden.
+        agent_pos_NFP: agent_pos of them in its own units, float32; P = 0 for judges that are not told it.
         codes_NFD: what the judge noted of them, float32; D = 0 for judges that note nothing.
         uncertainty_N: how far the current frame may be wrong, 0 to 1 (see :mod:`hma_gym.dynamics.uncertainty`); 0 for
             real frames, and where the checkpoint is not calibrated.
@@ -59,6 +61,7 @@ class Rows:
     rollout: RolloutState
     tokens_NK: Tensor
     frames_NFHWC: Tensor
+    agent_pos_NFP: Tensor
     codes_NFD: Tensor
     uncertainty_N: Tensor
     hidden_NF: Mask
@@ -79,6 +82,7 @@ class Rows:
             self.rollout.select(index),
             self.tokens_NK.index_select(0, index),
             self.frames_NFHWC.index_select(0, index),
+            self.agent_pos_NFP.index_select(0, index),
             self.codes_NFD.index_select(0, index),
             self.uncertainty_N.index_select(0, index),
             self.hidden_NF[index_R],
@@ -92,6 +96,7 @@ class Rows:
             getattr(self.rollout, field.name).index_copy_(0, index, getattr(other.rollout, field.name))
         self.tokens_NK.index_copy_(0, index, other.tokens_NK)
         self.frames_NFHWC.index_copy_(0, index, other.frames_NFHWC)
+        self.agent_pos_NFP.index_copy_(0, index, other.agent_pos_NFP)
         self.codes_NFD.index_copy_(0, index, other.codes_NFD)
         self.uncertainty_N.index_copy_(0, index, other.uncertainty_N)
         self.hidden_NF[index_R] = other.hidden_NF
@@ -147,8 +152,8 @@ class LearnedWorld:
     Raises:
         InvalidArgument: no domain named where there are several.
         UnknownName: no such domain or judge.
-        CheckpointError: a start bank that does not fit the model, or a checkpoint without the judge of its own that is
-            named.
+        CheckpointError: a start bank that does not fit the model, a checkpoint without the judge of its own that is
+            named, or a judge that is told another agent_pos than the domain's.
     """
 
     def __init__(
@@ -178,7 +183,13 @@ class LearnedWorld:
         self.action_size = self.domain.action_dim * self.domain.stride
         self.window = 1 if self.judge is None else self.judge.window
         self.frames_for_judge = self.judge.window if isinstance(self.judge, Judge) else 0
-        self._code_size = self.judge.code_size if isinstance(self.judge, FrameCoder) else 0
+        self._told = told_state(self.judge)
+        if self.judge is not None and self._told not in (0, self.domain.state_dim):
+            raise CheckpointError(
+                f"judge {self.judge.name!r} is told {self._told} dims of agent_pos, and domain {self.domain.name!r} of "
+                f"checkpoint {checkpoint.name!r} has {self.domain.state_dim}; train a judge on data of this domain, or "
+                "one of frames alone (hma-gym train judge --no-state)."
+            )
         self.bank = bank = checkpoint.starts.of_domain(self._domain_index)
         if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
             raise CheckpointError(
@@ -192,7 +203,7 @@ class LearnedWorld:
             self._bank_tokens = torch.cat(
                 [self.tokenizer.encode(part) for part in self._bank_frames.split(_ENCODE_BATCH)]
             )
-            self._bank_codes = torch.cat([self._codes(part) for part in self._bank_frames.split(_ENCODE_BATCH)])
+            self._bank_codes = self._codes_apart(self._bank_frames, self._bank_agent_pos, _ENCODE_BATCH)
             self._bank_known = self._known(self._bank_tokens, self._bank_agent_pos, _ENCODE_BATCH)
 
     def nearest_start(self, frame_HWC: NDArray[np.uint8]) -> int:
@@ -222,32 +233,32 @@ class LearnedWorld:
         frames_RT = torch.from_numpy(np.array(context.frames_RTHWC)).to(self.device)
         # One at a time: a frame's tokens must not depend, to the last bit, on how many come with it.
         singles = frames_RT.flatten(0, 1).split(1)
-        tokens_RT, codes_RTD = (
-            torch.cat([read(frame) for frame in singles]).unflatten(0, frames_RT.shape[:2])
-            for read in (self.tokenizer.encode, self._codes)
-        )
-        tokens_RT, codes_RTD, frames_RT, agent_pos, actions = (
+        tokens_RT = torch.cat([self.tokenizer.encode(frame) for frame in singles]).unflatten(0, frames_RT.shape[:2])
+        coded_RT = frames_RT.expand(R, *frames_RT.shape[1:]) if self._told else frames_RT
+        tokens_RT, frames_RT, agent_pos, actions = (
             x.expand(R, *x.shape[1:]).contiguous()
             for x in (
                 tokens_RT,
-                codes_RTD,
                 frames_RT,
                 torch.from_numpy(np.array(context.agent_pos_RTP)).to(self.device),
                 torch.from_numpy(np.array(context.actions_RTA)).to(self.device),
             )
         )
         known = self._known(tokens_RT[:, 0], agent_pos[:, 0], 1)
-        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], codes_RTD[:, 0], agent_pos[:, 0], seed_R, known)
+        codes_RD = self._codes_apart(coded_RT[:, 0], agent_pos[: len(coded_RT), 0], 1).expand(R, -1)
+        rows = self._rows(frames_RT[:, 0], tokens_RT[:, 0], codes_RD, agent_pos[:, 0], seed_R, known)
         for t in range(1, frames_RT.shape[1]):
             given = self._pad(agent_pos[:, t], self.dynamics.state_size) if agent_pos.shape[1] > 1 else None
             rollout = self.dynamics.observe(
                 rows.rollout, self._pad(actions[:, t - 1], self.dynamics.action_size), tokens_RT[:, t], given
             )
+            codes_RD = self._codes_apart(coded_RT[:, t], rollout.agent_pos_BP[: len(coded_RT)], 1).expand(R, -1)
             rows = Rows(
                 rollout,
                 torch.cat((rows.tokens_NK[:, 1:], tokens_RT[:, t, None]), dim=1),
                 torch.cat((rows.frames_NFHWC[:, 1:], frames_RT[:, t, None]), dim=1),
-                torch.cat((rows.codes_NFD[:, 1:], codes_RTD[:, t, None]), dim=1),
+                torch.cat((rows.agent_pos_NFP[:, 1:], rollout.agent_pos_BP[:, None, : self._told]), dim=1),
+                torch.cat((rows.codes_NFD[:, 1:], codes_RD[:, None]), dim=1),
                 rows.uncertainty_N,
                 rows.hidden_NF,
                 rows.step_N + 1,
@@ -269,6 +280,7 @@ class LearnedWorld:
             rollout,
             torch.cat((rows.tokens_NK[:, 1:], out.tokens[:, None]), dim=1),
             torch.cat((rows.frames_NFHWC[:, 1:], rows.frames_NFHWC[:, -1:]), dim=1),
+            torch.cat((rows.agent_pos_NFP[:, 1:], rollout.agent_pos_BP[:, None, : self._told]), dim=1),
             torch.cat((rows.codes_NFD[:, 1:], rows.codes_NFD[:, -1:]), dim=1),
             self._uncertainty(rollout, out),
             np.concatenate((rows.hidden_NF[:, 1:], np.ones_like(rows.hidden_NF[:, :1])), axis=1),
@@ -284,12 +296,14 @@ class LearnedWorld:
     def _refreshed(self, rows: Rows, due_R: NDArray[np.int64]) -> Rows:
         """Some rows' tokens after their round trip (see :mod:`hma_gym.dynamics.refresh`), which shows their frames."""
 
-        def read(tokens_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def read(tokens_B: Tensor, agent_pos_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             frames_BHWC = self.tokenizer.decode(tokens_B)
-            return self.tokenizer.encode(frames_BHWC).to(tokens_B.dtype), frames_BHWC, self._codes(frames_BHWC)
+            codes_BD = self._codes(frames_BHWC, agent_pos_BP)
+            return self.tokenizer.encode(frames_BHWC).to(tokens_B.dtype), frames_BHWC, codes_BD
 
         index = torch.from_numpy(due_R).to(self.device)
-        tokens_R, frames_RHWC, codes_RD = in_groups(read, rows.rollout.tokens, due_R.tolist())
+        given = (rows.rollout.tokens, rows.rollout.agent_pos_BP)
+        tokens_R, frames_RHWC, codes_RD = in_groups(read, given, due_R.tolist())
         rows.frames_NFHWC[:, -1].index_copy_(0, index, frames_RHWC)
         rows.codes_NFD[:, -1].index_copy_(0, index, codes_RD)
         rows.hidden_NF[due_R, -1] = False
@@ -304,7 +318,7 @@ class LearnedWorld:
             if not column_N.any():
                 continue
             decoded = self.tokenizer.decode(rows.tokens_NK[:, -back])
-            noted = self._codes(decoded)
+            noted = self._codes(decoded, rows.agent_pos_NFP[:, -back])
             for kept, new in ((rows.frames_NFHWC, decoded), (rows.codes_NFD, noted)):
                 if not column_N.all():
                     mask = torch.from_numpy(column_N).to(self.device).view(-1, *(1,) * (new.ndim - 1))
@@ -329,7 +343,8 @@ class LearnedWorld:
         elif isinstance(judge, FrameCoder):
             probability_N = judge.probability_of_codes(rows.codes_NFD)
         else:
-            probability_N = judge.probability(rows.frames_NFHWC)
+            agent_pos_NFP = rows.agent_pos_NFP if self._told else None
+            probability_N = ask(judge, judge.probability, rows.frames_NFHWC, agent_pos_NFP)
         probability_N = probability_N.to(self.device)
         if probability_N.shape != (len(rows),):
             raise InvalidArgument(
@@ -346,11 +361,17 @@ class LearnedWorld:
         score_N: Tensor = self.uncertainty(out.features_BD, rollout.step_B)
         return score_N
 
-    def _codes(self, frames_BHWC: Tensor) -> Tensor:
-        """What the judge notes of each frame, (B, D)."""
-        if isinstance(self.judge, FrameCoder):
-            return self.judge.code(frames_BHWC).to(self.device)
+    def _codes(self, frames_BHWC: Tensor, agent_pos_BP: Tensor) -> Tensor:
+        """What the judge notes of each frame, (B, D), told its agent_pos (the first of P or more dims) if it can be."""
+        judge = self.judge
+        if isinstance(judge, FrameCoder):
+            return ask(judge, judge.code, frames_BHWC, agent_pos_BP[:, : self._told]).to(self.device)
         return torch.zeros(len(frames_BHWC), 0, device=self.device)
+
+    def _codes_apart(self, frames_BHWC: Tensor, agent_pos_BP: Tensor, batch: int) -> Tensor:
+        """The same in batches that do not depend on who begins."""
+        pairs = zip(frames_BHWC.split(batch), agent_pos_BP.split(batch), strict=True)
+        return torch.cat([self._codes(frames, agent_pos) for frames, agent_pos in pairs])
 
     def agent_pos(self, rows: Rows) -> Tensor:
         """(N, P) in its own units."""
@@ -383,6 +404,7 @@ class LearnedWorld:
             self.dynamics.start(tokens_R, agent_pos, torch.tensor(seed_R), domain, known),
             tokens_R[:, None].repeat_interleave(self.window, dim=1),
             frames_RHWC[:, None].repeat_interleave(kept, dim=1),
+            agent_pos_RP[:, None, : self._told].repeat_interleave(kept, dim=1),
             codes_RD[:, None].repeat_interleave(kept, dim=1),
             torch.zeros(R, device=self.device),
             np.zeros((R, kept), dtype=bool),

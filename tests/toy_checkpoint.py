@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -64,3 +66,18 @@ def toy_checkpoint(*domains: Domain, judge: bool = True, task: str = "lift") -> 
         judge=network.eval().requires_grad_(False) if judge else None,
         starts=start_bank(list(frames), list(rng.uniform(-0.3, 0.3, (STARTS, width)).astype(np.float32))),
     )
+
+
+def told_checkpoint(refresh: int = 0) -> Checkpoint:
+    """The same with a judge that heeds agent_pos, too."""
+    checkpoint = toy_checkpoint()
+    assert checkpoint.judge is not None
+    checkpoint.dynamics.config = dataclasses.replace(checkpoint.dynamics.config, refresh=refresh)
+    told = {"state_dim": STATE_DIM, "state_mean": (0.1,) * STATE_DIM, "state_std": (0.3,) * STATE_DIM}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = ClassifierJudge(dataclasses.replace(checkpoint.judge.config, **told))  # type: ignore[arg-type]
+        assert judge.sense is not None
+        torch.nn.init.normal_(judge.sense[-1].weight, std=3.0)
+    judge.load_state_dict({**judge.state_dict(), **checkpoint.judge.state_dict()})
+    return dataclasses.replace(checkpoint, judge=judge.eval().requires_grad_(False))

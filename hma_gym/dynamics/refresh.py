@@ -22,7 +22,7 @@ GROUP = 4
 
 
 def in_groups(
-    function: Callable[[Tensor], tuple[Tensor, ...]], tokens_B: Tensor, due_R: Sequence[int]
+    function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor], due_R: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """What a function makes of some rows of a batch.
 
@@ -30,18 +30,19 @@ def in_groups(
     a row does not depend, to the last bit, on which others are due, for its place in its group is always the same.
 
     Args:
-        function: of the tokens of any number of rows, row by row.
-        tokens_B: of all rows.
+        function: of the given tensors of any number of rows, row by row.
+        given: what it is given of all rows, (B, ...) each.
         due_R: which rows, in ascending order, one or more.
 
     Returns:
         What the function returns, (R, ...) each.
     """
-    size = len(tokens_B) if tokens_B.is_cuda else GROUP
+    size = len(given[0]) if given[0].is_cuda else GROUP
     parts = []
     for first, group in itertools.groupby(due_R, key=lambda row: row - row % size):
-        places = torch.tensor([row - first for row in group], device=tokens_B.device)
-        parts.append([found.index_select(0, places) for found in function(tokens_B[first : first + size])])
+        places = torch.tensor([row - first for row in group], device=given[0].device)
+        made = function(*(x[first : first + size] for x in given))
+        parts.append([found.index_select(0, places) for found in made])
     return tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
 
@@ -52,5 +53,5 @@ def refreshed(state: RolloutState, tokenizer: Tokenizer, every: int) -> RolloutS
     due_R = (state.step_B % every == 0).nonzero()[:, 0]
     if not len(due_R):
         return state
-    (tokens_R,) = in_groups(lambda x: (tokenizer.encode(tokenizer.decode(x)),), state.tokens, due_R.tolist())
+    (tokens_R,) = in_groups(lambda x: (tokenizer.encode(tokenizer.decode(x)),), (state.tokens,), due_R.tolist())
     return dataclasses.replace(state, tokens=state.tokens.index_copy(0, due_R, tokens_R.to(state.tokens.dtype)))

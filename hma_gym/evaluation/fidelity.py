@@ -337,13 +337,15 @@ def measure_fidelity(
     targets_error_B = np.linalg.norm(
         generated.targets_BTX[:, steps - 1, :3].numpy() - held_out.object_BT3[:, steps], axis=-1
     )
+    felt_BTP, foretold_BTP = _agent_pos(held_out, generated)
     cube = _cube_errors(judge, frames_BTHWC, generated, held_out, settings) if isinstance(judge, Locator) else None
     seen_B = probability_B = outcomes = outcomes_of_truth = None
     true_B = held_out.success_BT[:, -1]
     if judge is not None:
-        probability_B, seen_B = _last_verdict(judge, torch.cat([frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1))
+        whole = torch.cat([frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1)
+        probability_B, seen_B = _last_verdict(judge, whole, foretold_BTP)
         outcomes = compare_outcomes(true_B, seen_B, held_out.categories, settings.seed)
-        _, seen_in_truth_B = _last_verdict(judge, frames_BTHWC)
+        _, seen_in_truth_B = _last_verdict(judge, frames_BTHWC, felt_BTP)
         outcomes_of_truth = compare_outcomes(true_B, seen_in_truth_B, held_out.categories, settings.seed)
     report = FidelityReport(
         episodes=len(held_out),
@@ -419,17 +421,26 @@ def _cube_errors(
     rows = torch.arange(1, settings.steps + 1)
     truth_BT3 = held_out.object_BT3[:, 1 : settings.steps + 1]
     whole = torch.cat([frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1)
-    error_BT = np.linalg.norm(episode_positions(judge, whole, rows).cpu().numpy() - truth_BT3, axis=-1)
-    real_BT = np.linalg.norm(
-        episode_positions(judge, frames_BTHWC, rows[-1:]).cpu().numpy() - truth_BT3[:, -1:], axis=-1
-    )
+    felt_BTP, foretold_BTP = _agent_pos(held_out, generated)
+    seen_BT3 = episode_positions(judge, whole, rows, agent_pos_BTP=foretold_BTP).cpu().numpy()
+    error_BT = np.linalg.norm(seen_BT3 - truth_BT3, axis=-1)
+    in_truth_B13 = episode_positions(judge, frames_BTHWC, rows[-1:], agent_pos_BTP=felt_BTP).cpu().numpy()
+    real_BT = np.linalg.norm(in_truth_B13 - truth_BT3[:, -1:], axis=-1)
     return _CubeErrors(
         _mean_interval(error_BT[:, -1], settings.seed), _mean_interval(real_BT[:, 0], settings.seed), _curve(error_BT)
     )
 
 
-def _last_verdict(judge: Judge, frames_BTHWC: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _agent_pos(held_out: HeldOut, generated: Generated) -> tuple[Tensor, Tensor]:
+    """agent_pos beside the real frames, and beside the generated ones, of which the first is real: (B, T + 1, P)."""
+    real_BTP = torch.from_numpy(held_out.agent_pos_BTP)
+    return real_BTP, torch.cat([real_BTP[:, :1], generated.agent_pos_BTP], dim=1)
+
+
+def _last_verdict(
+    judge: Judge, frames_BTHWC: Tensor, agent_pos_BTP: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The judge's probability and verdict at the last row of each episode."""
     last = torch.tensor([frames_BTHWC.shape[1] - 1])
-    probability = episode_probabilities(judge, frames_BTHWC, last)[:, 0].cpu()
+    probability = episode_probabilities(judge, frames_BTHWC, last, agent_pos_BTP=agent_pos_BTP)[:, 0].cpu()
     return probability.double().numpy(), verdict(judge, probability).numpy()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.judges.protocol import Judge, TokenJudge
+from hma_gym.judges.protocol import Judge, TokenJudge, ask
 from hma_gym.nn.rotations import matrix_of_quaternion
 from hma_gym.policies.mpc.protocol import Futures, Objective
 
@@ -27,7 +27,8 @@ class JudgedSuccess:
 
     def __call__(self, futures: Futures) -> Tensor:
         """(B,) in [0, 1]."""
-        return self.judge.probability(futures.frames(self.judge.window))
+        last = self.judge.window
+        return ask(self.judge, self.judge.probability, futures.frames(last), futures.agent_pos(last))
 
 
 @dataclass(frozen=True)

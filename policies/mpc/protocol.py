@@ -82,6 +82,12 @@ class Futures:
         tokens = self.window(last)
         return self.decode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
+    def agent_pos(self, last: int) -> Tensor:
+        """agent_pos of these frames, (B, F, P)."""
+        felt_BFP = self.agent_pos_BHP[:, -last:]
+        missing = last - felt_BFP.shape[1]
+        return torch.cat([felt_BFP[:, :1].expand(-1, missing, -1), felt_BFP], dim=1)
+
     def window(self, last: int) -> Tensor:
         """The tokens of these frames, (B, F, S...)."""
         shown = [show() for show in self.shows[-last:]]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy_checkpoint import ACTION_DIM, SIZE, STATE_DIM, toy_checkpoint
+from toy_checkpoint import ACTION_DIM, SIZE, STATE_DIM, told_checkpoint, toy_checkpoint
 
 from hma_gym.benchmarks.judges import JudgesConfig, judges, on_real
 from hma_gym.data.episodes import Episode
 from hma_gym.data.robomimic_hdf5 import EpisodeWriter
-from hma_gym.dynamics.checkpoint import save_checkpoint
+from hma_gym.dynamics.checkpoint import Checkpoint, save_checkpoint
 from hma_gym.errors import CheckpointError
 from hma_gym.judges.feature import FeatureConfig, FeatureJudge, save_feature_judge
 from hma_gym.judges.protocol import episode_probabilities
@@ -64,13 +65,16 @@ def test_both_judges_are_measured_and_compared(config: JudgesConfig) -> None:
     assert "the two agree in" in page.read_text()
 
 
-def test_reading_each_frame_once_says_the_same() -> None:
-    checkpoint = toy_checkpoint()
+@pytest.mark.parametrize("made", [toy_checkpoint, told_checkpoint])
+def test_reading_each_frame_once_says_the_same(made: Callable[[], Checkpoint]) -> None:
+    checkpoint = made()
     feature = FeatureJudge(FeatureConfig(window=3, tokens=25, channels=4, hidden=16, width=8)).eval()
     frames = torch.from_numpy(np.stack([_episode(seed).images_THWC for seed in range(2)]))
-    said = on_real(dataclasses.replace(checkpoint, feature_judge=feature), frames, progress=False)
+    agent_pos = torch.from_numpy(np.stack([_episode(seed).agent_pos_TP for seed in range(2)]))
+    said = on_real(dataclasses.replace(checkpoint, feature_judge=feature), frames, agent_pos, progress=False)
     assert checkpoint.judge is not None
-    assert np.allclose(said["toy"], episode_probabilities(checkpoint.judge, frames).numpy(), atol=1e-5)
+    expected = episode_probabilities(checkpoint.judge, frames, agent_pos_BTP=agent_pos)
+    assert np.allclose(said["toy"], expected.numpy(), atol=1e-5)
 
 
 def test_a_missing_judge_is_named(config: JudgesConfig) -> None:

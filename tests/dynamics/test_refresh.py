@@ -47,10 +47,10 @@ def test_who_else_is_due_changes_no_bit() -> None:
         frames = checkpoint.tokenizer.decode(part)
         return checkpoint.tokenizer.encode(frames), frames
 
-    together, frames = in_groups(trip, tokens[:18], range(18))
+    together, frames = in_groups(trip, (tokens[:18],), range(18))
     assert sizes == [4, 4, 4, 4, 2] and len(together) == len(frames) == 18
     for due in ([3], [0, 3, 17], list(range(2, 14))):
-        alone, shown = in_groups(trip, tokens[:18], due)
+        alone, shown = in_groups(trip, (tokens[:18],), due)
         assert torch.equal(alone, together[due]) and torch.equal(shown, frames[due])
     assert sizes[5:8] == [4, 4, 2]  # where few are due, little is done
 

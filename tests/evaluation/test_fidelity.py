@@ -140,6 +140,39 @@ def test_cube_errors_come_from_a_judge_that_locates(checkpoint: Checkpoint, toy_
     assert "perplexity" in to_markdown(bare, {}, {})
 
 
+class Feeling:
+    """Told agent_pos, and remembers it; says that the object is where the hand was at the window's beginning."""
+
+    name, window, threshold, state_dim = "feeling", 2, 0.5, 9
+
+    def __init__(self) -> None:
+        self.felt: list[Tensor] = []
+
+    def probability(self, frames_BKHWC: Tensor, agent_pos_BKP: Tensor | None = None) -> Tensor:
+        assert agent_pos_BKP is not None
+        self.felt.append(agent_pos_BKP)
+        return torch.ones(len(frames_BKHWC))
+
+    def position(self, frames_BKHWC: Tensor, agent_pos_BKP: Tensor | None = None) -> Tensor:
+        assert agent_pos_BKP is not None
+        return agent_pos_BKP[:, 0, :3]
+
+
+def test_judges_are_told_agent_pos_of_the_frames_they_see(checkpoint: Checkpoint, toy_dataset: Dataset) -> None:
+    held_out = load_held_out(toy_dataset, split="test", episodes=2, rows=8)
+    settings = dataclasses.replace(SETTINGS, random_sequences=0)
+    background, judge = background_image(scene_frames(toy_dataset)), Feeling()
+    measured = measure_fidelity(checkpoint, held_out, settings, background_HWC=background, judge=judge)
+    real = torch.from_numpy(held_out.agent_pos_BTP)
+    foretold = torch.cat([real[:, :1], measured.generated.agent_pos_BTP], dim=1)
+    assert not torch.equal(foretold[:, -2:], real[:, -2:])
+    assert torch.equal(judge.felt[0], foretold[:, -2:]) and torch.equal(judge.felt[1], real[:, -2:])
+    report, truth = measured.report, held_out.object_BT3[:, 6]
+    for said, felt in ((report.cube_error_judge_m, foretold), (report.cube_error_judge_floor_m, real)):
+        assert said is not None
+        assert said.value == pytest.approx(np.linalg.norm(felt[:, 5, :3].numpy() - truth, axis=-1).mean(), rel=1e-4)
+
+
 def test_outcomes_by_hand() -> None:
     true = np.array([True, True, False, False, False])
     seen = np.array([True, False, True, True, False])

@@ -367,6 +367,20 @@ def test_too_many_observations_are_noticed(dynamics: Any) -> None:
         type(dynamics)(dynamics.checkpoint, batch=0)
 
 
+class Feeling:
+    """A judge that is told agent_pos: the first number of the oldest of five frames."""
+
+    name, window, threshold, state_dim = "feeling", 5, 0.5, 9
+
+    def __init__(self) -> None:
+        self.felt: torch.Tensor | None = None
+
+    def probability(self, frames_BKHWC: torch.Tensor, agent_pos_BKP: torch.Tensor | None = None) -> torch.Tensor:
+        assert agent_pos_BKP is not None and frames_BKHWC.shape[:2] == agent_pos_BKP.shape[:2]
+        self.felt = agent_pos_BKP
+        return agent_pos_BKP[:, 0, 0]
+
+
 class Reader:
     """A judge of tokens: the mean of the oldest of five frames."""
 
@@ -388,6 +402,10 @@ def test_objectives(toy: Checkpoint) -> None:
     judge = toy.judge
     assert judge is not None
     torch.testing.assert_close(JudgedSuccess(judge)(futures), judge.probability(futures.frames(judge.window)))
+    feeling = Feeling()
+    assert JudgedSuccess(feeling)(futures).tolist() == futures.agent_pos_BHP[:, 0, 0].tolist()
+    assert feeling.felt is not None and torch.equal(feeling.felt[:, 2:], futures.agent_pos_BHP)
+    assert torch.equal(futures.agent_pos(2), futures.agent_pos_BHP[:, 1:])
     reader = Reader()
     torch.testing.assert_close(JudgedByTokens(reader)(futures), futures.tokens[:, 0].flatten(1).mean(dim=1))
     assert reader.seen == [5]  # longer than the plan: the first frame stands in
