@@ -398,6 +398,12 @@ def _wander(hand: _Hand, s: Situation) -> Script:
         s = yield action
 
 
+def _random(hand: _Hand, s: Situation) -> Script:
+    """Independent uniform actions, as an untrained policy samples them."""
+    while True:
+        yield hand.rng.uniform(-1, 1, 7)
+
+
 def _roam(hand: _Hand, s: Situation) -> Script:
     """Anywhere the arm gets, for as long as it lasts: uniform noise, slow strong drifts, far places, and another
     script's motions aimed at a cube that is not there. No fence: it presses on the table and leaves the picture."""
@@ -486,6 +492,7 @@ MODES: dict[str, Callable[[_Hand, Situation], Script]] = {
     "push": _push,
     "wander": _wander,
     "switch": _switch,
+    "random": _random,
     "roam": _roam,
     "clumsy": _clumsy,
 }
@@ -499,6 +506,7 @@ CATEGORY_OF_FAILURE = {
     "push": "pushed",
     "wander": "random_walk",
     "switch": "switched",
+    "random": "random_walk",
     "roam": "random_walk",
     "clumsy": "near_miss",
 }

@@ -85,6 +85,7 @@ class CollectConfig:
         policies: policies to record instead of the scripts, in equal shares, as ``hma-gym evaluate`` takes them.
         roam: share of the episodes in which the arm roams anywhere it gets (mode ``roam``), in place of the mixture's:
             what long rollouts and untrained policies do; 0 to 1. Let these be long (``--steps 250``).
+        random: likewise the share of independent uniform actions.
         clumsy: likewise the share of a script that sees badly and cannot decide, as cloned policies do.
         action_noise: noise on the actions of ``policies``: each episode draws its standard deviation between 0 and
             this, in env units.
@@ -101,6 +102,7 @@ class CollectConfig:
     images: bool = True
     policies: tuple[str, ...] = ()
     roam: float = 0.0
+    random: float = 0.0
     clumsy: float = 0.0
     action_noise: float = 0.0
     mixture: Annotated[tuple[Ingredient, ...], tyro.conf.Suppress] = DEFAULT_MIXTURE
@@ -125,11 +127,12 @@ class CollectConfig:
                 f"images must be True with policies, which look at them, got False with {len(self.policies)} policies; "
                 "without images, record the scripts."
             )
-        extra = self.roam + self.clumsy
-        if not min(self.roam, self.clumsy) >= 0.0 or not extra <= 1.0 or (extra and self.policies):
+        shares = [part.weight for part in self._besides()]
+        extra = float(np.sum(shares))
+        if not min(shares) >= 0.0 or not extra <= 1.0 or (extra and self.policies):
             raise InvalidArgument(
-                "roam and clumsy must be shares of at most 1 together, and are for scripts only, got "
-                f"{self.roam} and {self.clumsy} with {len(self.policies)} policies."
+                "roam, random and clumsy must be shares of at most 1 together, and are for scripts only, got "
+                f"{self.roam}, {self.random} and {self.clumsy} with {len(self.policies)} policies."
             )
         weights = [part.weight for part in self.mixture]
         if not weights or min(weights) < 0 or sum(weights) <= 0:
@@ -143,12 +146,16 @@ class CollectConfig:
 
     def ingredients(self) -> tuple[Ingredient, ...]:
         """The mixture, with its shares of what was asked for besides."""
-        extra = [part for part in (Ingredient(self.roam, "roam"), Ingredient(self.clumsy, "clumsy")) if part.weight > 0]
+        extra = [part for part in self._besides() if part.weight > 0]
         if not extra:
             return self.mixture
-        left = (1.0 - self.roam - self.clumsy) / sum(part.weight for part in self.mixture)
+        left = (1.0 - sum(part.weight for part in extra)) / sum(part.weight for part in self.mixture)
         rest = [dataclasses.replace(part, weight=left * part.weight) for part in self.mixture]
         return (*(part for part in rest if part.weight > 0), *extra)
+
+    def _besides(self) -> tuple[Ingredient, ...]:
+        shares = (("roam", self.roam), ("random", self.random), ("clumsy", self.clumsy))
+        return tuple(Ingredient(share, mode) for mode, share in shares)
 
     def content(self) -> dict[str, Any]:
         """What decides an episode's content, JSON-ready: two collections may share shards if it is equal."""

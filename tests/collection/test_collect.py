@@ -61,7 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_mixture_holds_every_mode_and_failures_prevail_over_experts() -> None:
     policies = [draw_policy(CollectConfig(Path("unused")), index) for index in range(1200)]
     modes = [policy.mode for policy in policies]
-    assert set(modes) == set(MODES) - {"roam", "clumsy"}
+    assert set(modes) == set(MODES) - {"roam", "random", "clumsy"}
     weights = sum(part.weight for part in DEFAULT_MIXTURE if part.mode == "expert")
     assert modes.count("expert") / 1200 == pytest.approx(weights / sum(p.weight for p in DEFAULT_MIXTURE), abs=0.05)
     competences = np.array([policy.competence for policy in policies if policy.mode == "expert"])
@@ -70,11 +70,13 @@ def test_the_mixture_holds_every_mode_and_failures_prevail_over_experts() -> Non
 
 
 def test_a_share_of_the_episodes_roams() -> None:
-    some = CollectConfig(Path("unused"), roam=0.25, clumsy=0.1)
+    some = CollectConfig(Path("unused"), roam=0.25, random=0.1, clumsy=0.1)
     modes = [draw_policy(some, index).mode for index in range(800)]
     assert modes.count("roam") / 800 == pytest.approx(0.25, abs=0.05) and set(modes) == set(MODES)
     assert modes.count("clumsy") / 800 == pytest.approx(0.1, abs=0.04)
-    assert {draw_policy(dataclasses.replace(some, roam=1.0, clumsy=0.0), index).mode for index in range(50)} == {"roam"}
+    assert {
+        draw_policy(dataclasses.replace(some, roam=1.0, random=0.0, clumsy=0.0), index).mode for index in range(50)
+    } == {"roam"}
 
 
 @pytest.mark.gl
@@ -97,6 +99,7 @@ def test_a_file_has_the_rows_that_were_asked_for(recorded: Path) -> None:
     data = open_dataset(recorded)
     assert len(data) == EPISODES and not recorded.with_name("one.hdf5.parts").exists()
     assert data.info["collector"]["seed"] == 7 and data.env_args["env_name"] == "Lift"
+    assert len(data.env_args["camera_projection"]) == 12
     episode = data[0]
     assert episode.images_THWC.shape == (STEPS, SIZE, SIZE, 3)
     assert episode.dones_T.tolist() == [False] * (STEPS - 1) + [True]
@@ -131,10 +134,10 @@ def test_the_environment_gives_the_recorded_episode_again(recorded: Path) -> Non
 def test_policies_need_images_and_do_not_roam() -> None:
     with pytest.raises(InvalidArgument, match="images must be True with policies"):
         CollectConfig(Path("unused"), policies=("a=b",), images=False)
-    with pytest.raises(InvalidArgument, match="are for scripts only, got 0.1 and 0.0 with 1"):
+    with pytest.raises(InvalidArgument, match="are for scripts only, got 0.1, 0.0 and 0.0 with 1"):
         CollectConfig(Path("unused"), policies=("a=b",), roam=0.1)
     with pytest.raises(
-        InvalidArgument, match="roam and clumsy must be shares of at most 1 together, .* got 0.6 and 0.5"
+        InvalidArgument, match="roam, random and clumsy must be shares of at most 1 together, .* got 0.6, 0.0 and 0.5"
     ):
         CollectConfig(Path("unused"), roam=0.6, clumsy=0.5)
 
