@@ -2,8 +2,8 @@
 
     hma-gym bench endurance --checkpoint lift-64 --data data/lift64.hdf5
 
-20 rollouts take about 2 minutes on 2 CPU cores; with ``--truth``, ground truth is put under the same random and looped
-actions from the same starts, for 2 minutes more: also there an arm hides the cube at times. Writes
+20 rollouts take about 2 minutes on 2 CPU cores; with ``--truth``, ground truth is put under the same actions from the
+same starts, for 3 minutes more: also there an arm hides the cube at times. Writes
 ``<out>/endurance_<name>.json`` and ``.png``.
 """
 
@@ -22,13 +22,12 @@ import torch
 
 from hma_gym.benchmarks.fidelity import scene_frames
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
-from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
+from hma_gym.dynamics.checkpoint import load_checkpoint
 from hma_gym.evaluation.endurance import (
     KINDS,
     EnduranceReport,
     Kind,
     LongRollouts,
-    given_actions,
     long_rollouts,
     measure_endurance,
     shares,
@@ -106,17 +105,16 @@ def rollout_panels(rollouts: LongRollouts, true: Mapping[Kind, Generated]) -> li
 
 
 def played_in_truth(
-    config: EnduranceConfig, checkpoint: Checkpoint, dataset: Dataset, held_out: HeldOut
+    config: EnduranceConfig, dataset: Dataset, held_out: HeldOut, rollouts: LongRollouts
 ) -> dict[Kind, Generated]:
-    """Ground truth under those actions that do not depend on what is seen."""
+    """Ground truth under the same actions from the same starts. Scripts acted on what the model showed, so there they
+    move the robot alike, and the cube where it happens to be."""
     place = {demo.name: position for position, demo in enumerate(dataset.demos)}
     true: dict[Kind, Generated] = {}
     for kind, rows in shares(held_out, config.kinds).items():
-        if kind != "scripted":
-            actions = given_actions(kind, checkpoint, held_out, rows, config.steps, config.seed)
-            states = np.stack([dataset.arrays(place[held_out.names[row]])["states"][0] for row in rows])
-            size = held_out.frames_BTHWC.shape[2]
-            true[kind] = true_rollouts("lift", states, actions, size, progress=config.progress)
+        states = np.stack([dataset.arrays(place[held_out.names[row]])["states"][0] for row in rows])
+        actions, size = rollouts.of_kind(kind).actions_BTA.numpy(), held_out.frames_BTHWC.shape[2]
+        true[kind] = true_rollouts("lift", states, actions, size, progress=config.progress)
     return true
 
 
@@ -130,10 +128,10 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
     scene = scene_frames(dataset)
     background = background_image(scene)
     static = static_pixels(scene, background)
-    true = played_in_truth(config, checkpoint, dataset, held_out) if config.truth else {}
     rollouts = long_rollouts(
         checkpoint, held_out, kinds=config.kinds, steps=config.steps, seed=config.seed, progress=config.progress
     )
+    true = played_in_truth(config, dataset, held_out, rollouts) if config.truth else {}
     reports: dict[str, EnduranceReport] = {}
 
     for kind, rows in shares(held_out, config.kinds).items():

@@ -120,11 +120,12 @@ class Simulation:
 
     @property
     def env_args(self) -> dict[str, Any]:
-        """robomimic's ``env_args``: what builds this environment again."""
+        """robomimic's ``env_args``, what builds this environment again; beside them ``camera_projection``."""
         config = self._env.robots[0].composite_controller_config
         return {
             "env_name": self.task.robosuite_env,
             "type": 1,
+            "camera_projection": self.camera_projection(),
             "env_version": require("robosuite", extra="sim", purpose="the ground-truth environments").__version__,
             "env_kwargs": {
                 "robots": self.task.robot,
@@ -139,6 +140,17 @@ class Simulation:
                 "camera_names": [self.task.camera],
             },
         }
+
+    def camera_projection(self) -> list[float]:
+        """How the task camera, which stands still, sees the room: see :class:`hma_gym.domains.Domain`."""
+        camera = self.model.camera(self.task.camera).id
+        self._mujoco.mj_kinematics(self.model, self.data)
+        self._mujoco.mj_camlight(self.model, self.data)
+        turned = np.array(self.data.cam_xmat[camera]).reshape(3, 3).T  # columns: right, up, backwards
+        place = turned @ np.array(self.data.cam_xpos[camera])
+        right, up, back = np.concatenate((turned, -place[:, None]), axis=1)
+        zoom = 1.0 / np.tan(np.deg2rad(float(self.model.cam_fovy[camera])) / 2.0)
+        return [float(x) for x in np.concatenate((zoom * right, -zoom * up, -back))]
 
     def reset(self, seed: int) -> None:
         """Start an episode: the robot's joints and the object's pose are drawn from ``seed`` alone."""
@@ -158,6 +170,19 @@ class Simulation:
         replay is equal only to solver tolerance; use :meth:`get_state` for an exact copy.
         """
         self.reset(seed=0)
+        self._set_flattened(state_S)
+        controller = self._arm_controller
+        controller.update(force=True)
+        controller.update_initial_joints(np.array(self.data.qpos[controller.qpos_index]))
+
+    def show(self, state_S: NDArray[np.float64]) -> None:
+        """Set a flattened state (time, qpos, qvel) to be looked at: observed, rendered, judged. The controller is not
+        told, so call :meth:`reset` or :meth:`reset_to` before the next step."""
+        if not self._ready:
+            self.reset(seed=0)
+        self._set_flattened(state_S)
+
+    def _set_flattened(self, state_S: NDArray[np.float64]) -> None:
         state_S = np.asarray(state_S, dtype=np.float64)
         size = 1 + self.model.nq + self.model.nv
         if state_S.shape != (size,) or not np.isfinite(state_S).all():
@@ -168,9 +193,18 @@ class Simulation:
         self._mujoco.mj_resetData(self.model, self.data)
         self._env.sim.set_state_from_flattened(state_S)
         self._mujoco.mj_forward(self.model, self.data)
-        controller = self._arm_controller
-        controller.update(force=True)
-        controller.update_initial_joints(np.array(self.data.qpos[controller.qpos_index]))
+
+    @property
+    def object_joint(self) -> str:
+        """Name of the free joint by which the object moves."""
+        return str(self.model.joint(self.model.body_jntadr[self._body_id]).name)
+
+    def object_contacts(self) -> NDArray[np.float64]:
+        """(K,) m: the distances of the object's contacts; negative where it is in something."""
+        self._require_ready()
+        bodies = self.model.geom_bodyid
+        touching = [c.dist for c in self.data.contact if self._body_id in (bodies[c.geom1], bodies[c.geom2])]
+        return np.array(touching, dtype=np.float64)
 
     def step(self, action_A: NDArray[np.float64]) -> None:
         """Apply one checked action (see :func:`check_action`) for 1 / control_hz seconds."""

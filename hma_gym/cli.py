@@ -48,6 +48,13 @@ COMMANDS: dict[str, Command] = {
         "import_dataset",
         positional=True,
     ),
+    "data stills": Command(
+        "make pictures of recorded states, in part with the object put elsewhere",
+        "hma_gym.collection.stills",
+        "StillsConfig",
+        "make_stills",
+        positional=True,
+    ),
     "data info": Command(
         "say what a dataset holds: demos, splits, outcomes, sizes",
         "hma_gym.data.info",

@@ -45,6 +45,9 @@ class Domain:
             xyzw) in the same frame of reference. The model then foretells and draws the object too (see
             :mod:`hma_gym.dynamics.body`). The number says in how many positions of a full turn about the upright axis
             the object looks alike: 4 for a cube, 1 for most things.
+        camera_projection: how the first camera sees the room, where that is known, else empty; only with an object. The
+            12 numbers, row by row, of a 3 x 4 matrix that takes (x, y, z, 1), m, in agent_pos's frame of reference, to
+            (u w, v w, w): u to the right and v down, the picture's edges at -1 and 1.
         control_hz: steps per second of the environment.
         stride: environment steps per model step (the action chunk of one frame has ``stride`` actions).
         cameras: camera names, the first is the observation.
@@ -65,6 +68,7 @@ class Domain:
     target_mean: Vector = ()
     target_std: Vector = ()
     object_turns: int = 0
+    camera_projection: Vector = ()
     control_hz: float = 20.0
     stride: int = 1
     cameras: tuple[str, ...] = ("agentview",)
@@ -81,6 +85,7 @@ class Domain:
             ("delta_std", self.state_dim),
             ("target_mean", self.target_dim),
             ("target_std", self.target_dim),
+            ("camera_projection", 12 if self.camera_projection else 0),
         ):
             value = tuple(float(v) for v in getattr(self, name))
             object.__setattr__(self, name, value)
@@ -107,6 +112,11 @@ class Domain:
                 "object's pose) and an agent_pos of 7 or more (a hand's pose first), got "
                 f"object_turns={self.object_turns}, "
                 f"{self.target_dim} and {self.state_dim} dims."
+            )
+        if self.camera_projection and not self.object_turns:
+            raise InvalidDomain(
+                f"domain {self.name!r}: camera_projection is for a hand and an object whose poses are known "
+                "(object_turns above 0), got object_turns=0; leave it empty."
             )
         object.__setattr__(self, "cameras", tuple(self.cameras))
         object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,20 @@ def toy_episode(seed: int, length: int = 10, size: int = 16) -> Episode:
         dones_T=np.zeros(length, bool),
         obs={"object": position},
         attrs={"category": "held" if success[-1] else "near_miss", "success": bool(success[-1])},
+    )
+
+
+def toy_stills(seed: int) -> Episode:
+    """The rows of such an episode, shuffled, as stills."""
+    episode = toy_episode(seed)
+    order = np.random.default_rng(seed).permutation(len(episode))
+    success = episode.obs["object"][order, 2] >= 0.845
+    return dataclasses.replace(
+        episode,
+        images_THWC=episode.images_THWC[order],
+        rewards_T=np.roll(success, -1),
+        obs={"object": episode.obs["object"][order]},
+        attrs={"category": "still", "still": True},
     )
 
 

@@ -34,11 +34,16 @@ def columns(angle: Tensor) -> Tensor:
 
 
 def drawn(hand: Tensor, thing: Tensor) -> Tensor:
-    """Tokens (..., 4, 3) that show where hand and thing are, and the thing's yaw up to a quarter of a turn."""
+    """Tokens (..., 4, 3) that show where the hand is, and of the thing the more the nearer they lie to it: where that is,
+    and its yaw up to a quarter of a turn."""
     yaw = 4.0 * torch.atan2(thing[..., 4], thing[..., 3])
-    told = torch.cat((10.0 * hand[..., :3], 10.0 * thing[..., :3], yaw.cos()[..., None], yaw.sin()[..., None]), dim=-1)
-    mixing = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=told.dtype)
-    return (told @ mixing).unflatten(-1, (4, 3))
+    told = torch.cat((10.0 * thing[..., :3], yaw.cos()[..., None], yaw.sin()[..., None]), dim=-1)
+    generator = torch.Generator().manual_seed(0)
+    of_hand, of_thing = (torch.randn(n, 12, generator=generator, dtype=told.dtype) for n in (3, 5))
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]], dtype=told.dtype)
+    away = (corners - 5.0 * thing[..., None, :2]).square().sum(dim=-1, keepdim=True)
+    shown = torch.exp(-away / 8.0) * (told @ of_thing).unflatten(-1, (4, 3))
+    return (10.0 * hand[..., :3] @ of_hand).unflatten(-1, (4, 3)) + shown
 
 
 def handled(rows: int, frames: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -64,13 +69,16 @@ def handled(rows: int, frames: int, seed: int) -> tuple[dict[str, Tensor], Tenso
     turned = 3.0 * normal(rows, 1) + torch.where(held[:, None], yaw - yaw[:, :1], 0.0)
     agent_pos = torch.cat((hand, quaternion, finger, -finger), dim=-1)
     targets = torch.cat((place, columns(turned)), dim=-1)
+    # Single frames: in a third of them the thing lies somewhere else, as it does while a hand comes.
+    elsewhere = torch.arange(rows)[:, None] % 3 == 0
+    lying = torch.where(elsewhere, targets[:, -1].roll(1, dims=0), targets[:, -1])
     batch = {
         "agent_pos": agent_pos,
         "targets": targets,
         "actions": actions,
         "at_rest": torch.ones(rows, dtype=torch.bool),
         "poses": agent_pos[:, -1],
-        "places": targets[:, -1],
-        "tokens": drawn(agent_pos[:, -1], targets[:, -1]),
+        "places": lying,
+        "tokens": drawn(agent_pos[:, -1], lying),
     }
     return batch, held

@@ -15,6 +15,7 @@ Shape legend: T rows, S state dims (time, qpos, qvel).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,6 @@ from hma_gym.data.robomimic_hdf5 import Dataset, EpisodeWriter, open_dataset
 from hma_gym.envs.simulation import Simulation
 from hma_gym.envs.tasks import TASKS, Task, get_task
 from hma_gym.errors import DatasetError, InvalidArgument
-from hma_gym.extras import require
 
 EEF_TOLERANCE = 0.02
 """How far (metres) the gripper may be from where the file says it was, before the robots count as different."""
@@ -96,7 +96,7 @@ def import_dataset(config: ImportConfig) -> Path:
         for position in _pending(source, writer, config.limit):
             writer.write(position, _kept(source, position))
         return writer.merge()
-    task = get_task(config.task) if config.task is not None else _task_of(source)
+    task = get_task(config.task) if config.task is not None else task_of(source)
     check_same_control(source, task)
     simulation = Simulation(task)
     try:
@@ -116,7 +116,8 @@ def _pending(source: Dataset, writer: EpisodeWriter, limit: int | None) -> Seque
     return tqdm(pending, desc="importing", unit="demo", initial=total - len(pending), total=total)
 
 
-def _task_of(source: Dataset) -> Task:
+def task_of(source: Dataset) -> Task:
+    """The task whose robosuite name a file gives. Raises :class:`DatasetError` where the task table has none."""
     name = source.env_args.get("env_name")
     for task in TASKS.values():
         if task.robosuite_env == name:
@@ -177,6 +178,7 @@ class Joint:
     qvel: slice
 
 
+@functools.lru_cache(maxsize=8)
 def joints_of(model_xml: str) -> tuple[Joint, ...]:
     """The joints of a model in the order of its qpos, read from its XML without loading any mesh.
 
@@ -240,6 +242,45 @@ def carry_over(states_TS: NDArray[np.float64], source: Sequence[Joint], target: 
     return carried_TS
 
 
+def recorded_states(
+    source: Dataset, position: int, arrays: Mapping[str, NDArray[Any]], joints: Sequence[Joint]
+) -> NDArray[np.float64]:
+    """The states (T, S) of an episode with these arrays, carried over to the joints of the task's model.
+
+    Raises:
+        DatasetError: it has no states, or they cannot be carried over.
+    """
+    where = source.demos[position].where
+    states_TS = arrays.get("states", np.zeros((0, 0)))
+    if not states_TS.size:
+        raise DatasetError(
+            f"{where} has no states to render from; choose a file that keeps them, or import with images='keep' if the "
+            "file has images."
+        )
+    model_file = source.model_file(position)
+    try:
+        recorded = joints if model_file is None else joints_of(model_file)
+        return carry_over(states_TS.astype(np.float64), recorded, joints)
+    except DatasetError as error:
+        raise DatasetError(f"{where} cannot be carried over to this robosuite: {error}") from error
+
+
+def check_same_place(where: str, arrays: Mapping[str, NDArray[Any]], eef_pos_3: NDArray[np.floating[Any]]) -> None:
+    """Make sure that an episode's gripper is, at row 0, where its joints put it in this robosuite.
+
+    Raises:
+        DatasetError: it is elsewhere.
+    """
+    if f"obs/{EEF_POS}" not in arrays:
+        return
+    offset = float(np.abs(arrays[f"obs/{EEF_POS}"][0] - eef_pos_3).max())
+    if offset > EEF_TOLERANCE:
+        raise DatasetError(
+            f"{where} cannot be carried over: at row 0 its gripper was {offset:.3f} m from where its joints put it in "
+            f"this robosuite (tolerance {EEF_TOLERANCE}); the robot stands elsewhere or has another shape."
+        )
+
+
 class _Renderer:
     """Makes episodes of a source's states by simulation."""
 
@@ -247,34 +288,15 @@ class _Renderer:
         self._source = source
         self._simulation = simulation
         self._image_size = image_size
-        self._mujoco = require("mujoco", extra="sim", purpose="rendering states")
         self._model_xml = simulation.model_xml
         self._joints = joints_of(self._model_xml)
-        simulation.reset(seed=0)
 
     def episode(self, position: int) -> Episode:
         demo = self._source.demos[position]
-        where = f"{str(self._source.path)!r}, {demo.name}"
         arrays = self._source.arrays(position)
-        if "states" not in arrays:
-            raise DatasetError(
-                f"{where} has no states to render from; import with images='keep' if the file has images."
-            )
-        model_file = self._source.model_file(position)
-        try:
-            recorded = self._joints if model_file is None else joints_of(model_file)
-            states_TS = carry_over(arrays["states"].astype(np.float64), recorded, self._joints)
-        except DatasetError as error:
-            raise DatasetError(f"{where} cannot be carried over to this robosuite: {error}") from error
-        images_THWC, obs, success_T = self._show(states_TS)
-        if f"obs/{EEF_POS}" in arrays:
-            offset = float(np.abs(arrays[f"obs/{EEF_POS}"][0] - obs[EEF_POS][0]).max())
-            if offset > EEF_TOLERANCE:
-                raise DatasetError(
-                    f"{where} cannot be carried over: at row 0 its gripper was {offset:.3f} m from where its joints "
-                    f"put it in this robosuite (tolerance {EEF_TOLERANCE}); the robot stands elsewhere or has another "
-                    "shape."
-                )
+        states_TS = recorded_states(self._source, position, arrays, self._joints)
+        images_THWC, obs, success_T = show_states(self._simulation, states_TS, self._image_size)
+        check_same_place(demo.where, arrays, obs[EEF_POS][0])
         length = len(states_TS)
         return Episode(
             images_THWC=images_THWC,
@@ -287,21 +309,20 @@ class _Renderer:
             attrs=_labels(demo.attrs, success_T) | {"model_file": self._model_xml},
         )
 
-    def _show(
-        self, states_TS: NDArray[np.float64]
-    ) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]], NDArray[np.bool_]]:
-        """Images, observations and success of each state."""
-        model, data = self._simulation.model, self._simulation.data
-        images, rows, success = [], [], []
-        for state_S in states_TS:
-            data.time, data.qpos[:], data.qvel[:] = state_S[0], state_S[1 : 1 + model.nq], state_S[1 + model.nq :]
-            self._mujoco.mj_forward(model, data)
-            images.append(self._simulation.render(self._image_size))
-            rows.append(self._simulation.observe())
-            success.append(self._simulation.is_success())
-        # Accelerations depend on the motors, which a state does not tell.
-        keys = [key for key in rows[0] if not key.endswith("_acc")]
-        return np.stack(images), {key: np.stack([row[key] for row in rows]) for key in keys}, np.array(success)
+
+def show_states(
+    simulation: Simulation, states_TS: NDArray[np.float64], image_size: int
+) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    """Images, observations and success of each state."""
+    images, rows, success = [], [], []
+    for state_S in states_TS:
+        simulation.show(state_S)
+        images.append(simulation.render(image_size))
+        rows.append(simulation.observe())
+        success.append(simulation.is_success())
+    # Accelerations depend on the motors, which a state does not tell.
+    keys = [key for key in rows[0] if not key.endswith("_acc")]
+    return np.stack(images), {key: np.stack([row[key] for row in rows]) for key in keys}, np.array(success)
 
 
 def _kept(source: Dataset, position: int) -> Episode:

@@ -3,7 +3,8 @@
 A token cache is one HDF5 file of flat arrays over all frames F of N episodes, so that a training window is a slice:
 ``tokens`` (F, S, C) float16 or (F, S) int32, ``actions`` (F, A), ``agent_pos`` (F, P), ``targets`` (F, X),
 ``starts`` (N + 1), and ``name``, ``split``, ``category``, ``success`` (N). Row f's action leads to row f + 1 of its
-episode.
+episode. Of stills (see :data:`hma_gym.data.episodes.STILL`) each row is an episode of its own, ``demo_3[12]`` by name,
+whose ``success`` is that of its state.
 
 Shape legend: F frames of all episodes, N episodes, T frames of one, S tokens of a frame, C channels, A action dims,
 P agent_pos dims, X privileged target dims.
@@ -26,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hma_gym.data.episodes import EEF_POS, Episode
+from hma_gym.data.episodes import EEF_POS, Episode, success_of_stills
 from hma_gym.data.object_pose import OBJECT_KEY, POSITION, QUATERNION, object_poses, turned_alike
-from hma_gym.data.robomimic_hdf5 import Dataset, storage_errors
+from hma_gym.data.robomimic_hdf5 import Dataset, Demo, storage_errors
 from hma_gym.domains import Domain
 from hma_gym.errors import DatasetError
 
@@ -60,6 +61,11 @@ class TokenCache:
         """Positions of the episodes of a split."""
         return np.flatnonzero(self.split_N == SPLITS.index(split))
 
+    def moving(self, split: str) -> NDArray[np.int64]:
+        """Positions of the episodes of a split that go on after their first row, which stills do not."""
+        episodes = self.episodes(split)
+        return episodes[np.diff(self.starts_N1)[episodes] > 1]
+
     def frames(self, split: str) -> NDArray[np.int64]:
         """All frames of the episodes of a split, in order."""
         rows = [self.rows(int(n)) for n in self.episodes(split)]
@@ -86,16 +92,25 @@ class TokenCache:
         return dataclasses.replace(self, tokens=np.zeros((len(self.tokens), 0), np.float16), tokenizer="")
 
     def make_domain(
-        self, name: str, *, stride: int, control_hz: float, image_size: tuple[int, int], object_turns: int = 0
+        self,
+        name: str,
+        *,
+        stride: int,
+        control_hz: float,
+        image_size: tuple[int, int],
+        object_turns: int = 0,
+        camera_projection: Sequence[float] = (),
     ) -> Domain:
         """A domain with the statistics of this cache's training episodes.
 
-        ``object_turns`` counts where the targets are an object's pose. Action bounds are -1 and 1, or the extremes in
-        the data where these lie outside. Changes of agent_pos are over ``stride`` steps.
+        ``object_turns`` and ``camera_projection`` count where the targets are an object's pose. Action bounds are -1
+        and 1, or the extremes in the data where these lie outside. Changes of agent_pos are over ``stride`` steps.
+        Actions of episodes of one row, which lead nowhere, do not count.
 
         Raises:
             DatasetError: no training episode is longer than ``stride``.
         """
+        turns = object_turns if self.has_object_pose() else 0
         episodes = [self.rows(int(n)) for n in self.episodes("train")]
         changes = [self.agent_pos_FP[r][stride:] - self.agent_pos_FP[r][:-stride] for r in episodes]
         if not sum(map(len, changes)):
@@ -104,7 +119,7 @@ class TokenCache:
                 "record longer or more episodes."
             )
         rows = self.frames("train")
-        actions = self.actions_FA[rows]
+        actions = np.concatenate([self.actions_FA[self.rows(int(n))] for n in self.moving("train")])
         return Domain.from_statistics(
             name,
             actions_FA=actions,
@@ -113,16 +128,18 @@ class TokenCache:
             targets_FX=self.targets_FX[rows] if self.targets_FX.shape[1] else None,
             action_low=tuple(np.minimum(actions.min(axis=0), -1.0).tolist()),
             action_high=tuple(np.maximum(actions.max(axis=0), 1.0).tolist()),
-            object_turns=object_turns if self.has_object_pose() else 0,
+            object_turns=turns,
+            camera_projection=tuple(camera_projection) if turns else (),
             stride=stride,
             control_hz=control_hz,
             image_size=image_size,
         )
 
     def change_scale(self, stride: int = 1) -> float:
-        """Root mean square of a soft token's change in ``stride`` steps, in the first 200 training episodes."""
+        """Root mean square of a soft token's change in ``stride`` steps, in the first 200 training episodes that go on
+        after their first row."""
         total, count = 0.0, 0
-        for n in self.episodes("train")[:200]:
+        for n in self.moving("train")[:200]:
             tokens = self.tokens[self.rows(n)].astype(np.float32)
             change = tokens[stride:] - tokens[:-stride]
             total, count = total + float(np.square(change).sum()), count + change.size
@@ -221,6 +238,20 @@ def targets_of(episode: Episode) -> NDArray[np.float32]:
     return np.ascontiguousarray(thing[:, POSITION], dtype=np.float32)
 
 
+def episode_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of a dataset's episodes in its token cache, in order."""
+    return tuple(name for demo in dataset.demos for name in _names(demo))
+
+
+def demo_of(name: str) -> str:
+    """The demo that an episode of a token cache is, or is a row of."""
+    return name.partition("[")[0]
+
+
+def _names(demo: Demo) -> tuple[str, ...]:
+    return tuple(f"{demo.name}[{row}]" for row in range(demo.length)) if demo.still else (demo.name,)
+
+
 def build_token_cache(
     dataset: Dataset,
     encode: Callable[[Tensor], Tensor] | None,
@@ -230,7 +261,7 @@ def build_token_cache(
     previous: TokenCache | None = None,
     progress: bool = True,
 ) -> TokenCache:
-    """Encode all frames of a dataset.
+    """Encode all frames of a dataset; stills become episodes of one row.
 
     Args:
         encode: a tokenizer's ``encode``: (T, H, W, 3) uint8 to tokens. None reads no image: tokens are (F, 0).
@@ -242,14 +273,23 @@ def build_token_cache(
     known = {} if previous is None else {name: n for n, name in enumerate(previous.name_N)}
     parts: dict[str, list[NDArray[Any]]] = {key: [] for key in ("tokens", "actions", "agent_pos", "targets")}
     members = {name: set(dataset.split(name)) if name in dataset.masks else set() for name in SPLITS}
-    names = tuple(demo.name for demo in dataset.demos)
-    for n, name in enumerate(
-        tqdm(names, desc="reading" if encode is None else "encoding frames", unit="episode", disable=not progress)
+    lengths: list[int] = []
+    success: list[bool] = []
+    for n, demo in enumerate(
+        tqdm(
+            dataset.demos,
+            desc="reading" if encode is None else "encoding frames",
+            unit="episode",
+            disable=not progress,
+        )
     ):
-        if previous is not None and name in known:
-            rows = previous.rows(known[name])
+        names = _names(demo)
+        if previous is not None and names[0] in known:
+            first, last = known[names[0]], known[names[-1]]
+            rows = slice(previous.rows(first).start, previous.rows(last).stop)
             found = (previous.tokens, previous.actions_FA, previous.agent_pos_FP, previous.targets_FX)
             arrays = tuple(array[rows] for array in found)
+            done = previous.success_N[first : last + 1].tolist()
         else:
             episode = dataset.without_images(n) if encode is None else dataset[n]
             tokens = np.zeros((len(episode), 0), np.float16)
@@ -257,23 +297,28 @@ def build_token_cache(
                 tokens = encode(torch.from_numpy(np.ascontiguousarray(episode.images_THWC))).cpu().numpy()
                 tokens = tokens.astype(np.float16 if tokens.dtype.kind == "f" else np.int32)
             arrays = (tokens, episode.actions_TA, episode.agent_pos_TP, targets_of(episode))
+            done = success_of_stills(episode.rewards_T).tolist()
+        lengths += [1] * demo.length if demo.still else [demo.length]
+        success += done if demo.still else [bool(demo.attrs.get("success"))]
         for (key, part), array in zip(parts.items(), arrays, strict=True):
             if part and part[0].shape[1:] != array.shape[1:]:
                 raise DatasetError(
-                    f"episodes must be alike: {key} of {name!r} has {array.shape[1:]} numbers a frame, of those before "
-                    f"{part[0].shape[1:]}; record them alike, or delete a token cache of an earlier version."
+                    f"episodes must be alike: {key} of {demo.name!r} has {array.shape[1:]} numbers a frame, of those "
+                    f"before {part[0].shape[1:]}; record them alike, or delete a token cache of an earlier version."
                 )
             part.append(array)
+    each = [len(_names(demo)) for demo in dataset.demos]
+    split = [next((i for i, s in enumerate(SPLITS) if n in members[s]), 0) for n in range(len(each))]
     return TokenCache(
         tokens=np.concatenate(parts["tokens"]),
         actions_FA=np.concatenate(parts["actions"]),
         agent_pos_FP=np.concatenate(parts["agent_pos"]),
         targets_FX=np.concatenate(parts["targets"]),
-        starts_N1=np.cumsum([0, *map(len, parts["actions"])]),
-        split_N=np.array([next((i for i, s in enumerate(SPLITS) if n in members[s]), 0) for n in range(len(names))]),
-        success_N=np.array([bool(v) for v in dataset.column("success")]),
-        category_N=tuple(str(v or "") for v in dataset.column("category")),
-        name_N=names,
+        starts_N1=np.cumsum([0, *lengths]),
+        split_N=np.repeat(split, each),
+        success_N=np.array(success),
+        category_N=tuple(str(demo.attrs.get("category") or "") for demo in dataset.demos for _ in _names(demo)),
+        name_N=episode_names(dataset),
         domain=domain,
         tokenizer=tokenizer,
     )

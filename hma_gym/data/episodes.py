@@ -9,7 +9,8 @@ recorded and its outcome is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ AttrValue = str | int | float | bool
 CATEGORIES = ("held", "dropped", "near_miss", "pushed", "random_walk", "switched", "other")
 """What became of an episode. ``held``: success at the last row; ``dropped``: success before but not at the last
 row; else by what the policy set out to do; ``other``: a failure recorded elsewhere, whose intent nobody noted."""
+
+STILL = "still"
+"""The category, and the attribute that is true, of stills: rows that show states which do not follow one another, kept
+together only because they were made together. See :func:`apart`."""
 
 EEF_POS, EEF_QUAT, GRIPPER = "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"
 
@@ -92,6 +97,45 @@ class Episode:
     def __len__(self) -> int:
         """T, the number of rows."""
         return len(self.images_THWC)
+
+    @property
+    def still(self) -> bool:
+        """Whether the rows are stills (:data:`STILL`)."""
+        return bool(self.attrs.get(STILL, False))
+
+
+def apart(episodes: Iterable[Episode]) -> list[Episode]:
+    """Episodes whose rows follow one another: of stills, each row becomes an episode of its own."""
+    found: list[Episode] = []
+    for episode in episodes:
+        if not episode.still or len(episode) == 1:
+            found.append(episode)
+            continue
+        success_T = success_of_stills(episode.rewards_T)
+        for t in range(len(episode)):
+            row = slice(t, t + 1)
+            found.append(
+                dataclasses.replace(
+                    episode,
+                    images_THWC=episode.images_THWC[row],
+                    agent_pos_TP=episode.agent_pos_TP[row],
+                    actions_TA=episode.actions_TA[row],
+                    states_TS=episode.states_TS[row],
+                    rewards_T=success_T[row].astype(np.float32),
+                    dones_T=episode.dones_T[row],
+                    obs={key: array[row] for key, array in episode.obs.items()},
+                )
+            )
+    return found
+
+
+def success_of_stills(rewards_T: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Whether the task is done in each state, (T,), from the rewards of stills.
+
+    As in any episode ``rewards_T[t]`` speaks of row t + 1; the last one, of which elsewhere no row shows the outcome,
+    speaks of row 0.
+    """
+    return np.roll(rewards_T, 1) > 0
 
 
 def agent_pos_from_obs(obs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

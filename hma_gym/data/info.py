@@ -39,8 +39,9 @@ class Summary:
 
     Attributes:
         path: the file or folder.
-        episodes, rows: totals.
-        length_min, length_mean, length_max: rows of an episode.
+        episodes, rows: totals, without stills.
+        stills: rows that do not follow one another (see :data:`hma_gym.data.episodes.STILL`).
+        length_min, length_mean, length_max: rows of an episode; 0 where there are only stills.
         success_rate: share of episodes with success at the last row; None where no demo says.
         by: attribute (``category``, ``mode``, ``policy``) -> its groups, the largest first.
         masks: filter key -> number of demos.
@@ -54,6 +55,7 @@ class Summary:
     path: Path
     episodes: int
     rows: int
+    stills: int
     length_min: int
     length_mean: float
     length_max: int
@@ -70,14 +72,20 @@ class Summary:
 
 def summarise(dataset: Dataset) -> Summary:
     """Count and measure ``dataset``; reads the actions of every demo and no image."""
-    successes = dataset.column("success")
-    lengths_N = dataset.lengths_N
+    moving = dataset.moving()
+    successes = [dataset.demos[position].attrs.get("success") for position in moving]
+    lengths_N = dataset.lengths_N[moving] if moving else np.zeros(1, np.int64)
+    rows = int(lengths_N.sum())
     low_A, high_A = dataset.action_range()
-    groups = {key: _groups(dataset.column(key), successes) for key in ("category", "mode", "policy")}
+    groups = {
+        key: _groups([dataset.demos[position].attrs.get(key) for position in moving], successes)
+        for key in ("category", "mode", "policy")
+    }
     return Summary(
         path=dataset.path,
-        episodes=len(dataset),
-        rows=int(lengths_N.sum()),
+        episodes=len(moving),
+        rows=rows,
+        stills=int(dataset.lengths_N.sum()) - rows,
         length_min=int(lengths_N.min()),
         length_mean=float(lengths_N.mean()),
         length_max=int(lengths_N.max()),
@@ -118,6 +126,7 @@ def format_summary(summary: Summary) -> str:
         f" (robosuite {summary.env_args.get('env_version', 'unknown')})",
         f"  episodes      {summary.episodes} ({summary.rows} rows; "
         f"{summary.length_min} to {summary.length_max} each, mean {summary.length_mean:.1f})",
+        *([f"  stills        {summary.stills} (rows that do not follow one another)"] if summary.stills else []),
         f"  success       {percent(summary.success_rate)} at the last row",
         f"  filter keys   {', '.join(f'{key} {count}' for key, count in summary.masks.items())}",
     ]

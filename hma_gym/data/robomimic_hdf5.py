@@ -4,7 +4,8 @@ Layout of a file (T rows; robomimic's tools read it as it is)::
 
     data                     attrs: total (rows), env_args (JSON), hma_gym (JSON: format, seed, collector config ...)
     data/demo_<i>            attrs: num_samples, model_file (MuJoCo XML), policy, mode, competence, category,
-                                    success (last row), success_ever, seed, episode (its index)
+                                    success (last row), success_ever, seed, episode (its index); of stills, whose
+                                    rows do not follow one another: still, category (no success), episode
         actions (T, A) float32          states (T, S) float64       rewards (T,) float32       dones (T,) int64
         obs/agentview_image (T, H, W, 3) uint8, upright             obs/agent_pos (T, P) float32
         obs/<further robosuite keys>    robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos, object ...
@@ -25,7 +26,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hma_gym.data.episodes import EEF_POS, EEF_QUAT, GRIPPER, AttrValue, Episode, agent_pos_from_obs
+from hma_gym.data.episodes import EEF_POS, EEF_QUAT, GRIPPER, STILL, AttrValue, Episode, agent_pos_from_obs
 from hma_gym.errors import DatasetError, ResumeError, StorageError
 
 FORMAT_VERSION = 1
@@ -418,6 +419,11 @@ class Demo:
         """File and name, for messages."""
         return f"{str(self.file)!r}, {self.name}"
 
+    @property
+    def still(self) -> bool:
+        """Whether its rows are stills (:data:`hma_gym.data.episodes.STILL`)."""
+        return bool(self.attrs.get(STILL, False))
+
 
 @dataclass(frozen=True)
 class FlatArrays:
@@ -561,6 +567,12 @@ class Dataset(Sequence[Episode]):
     def column(self, key: str) -> list[AttrValue | None]:
         """One attribute of every demo (``success``, ``category`` ...), None where a demo has it not."""
         return [demo.attrs.get(key) for demo in self.demos]
+
+    def moving(self, positions: Iterable[int] | None = None) -> list[int]:
+        """Those of the given positions (of all by default) whose rows follow one another, which those of stills do
+        not."""
+        chosen = range(len(self)) if positions is None else positions
+        return [position for position in chosen if not self.demos[position].still]
 
     def action_range(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Least and greatest action, (A,) each, over all rows of all demos."""

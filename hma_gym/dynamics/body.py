@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from hma_gym.domains import Domain
 from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotCoast, in_the_hand
-from hma_gym.dynamics.look import Look
+from hma_gym.dynamics.look import Look, Things
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
 from hma_gym.nn.rotations import columns_of_matrix
@@ -48,6 +48,10 @@ FADES, GONE = 0.08, 0.16
 
 #: Dims of agent_pos after the hand's pose.
 FINGERS = slice(7, None)
+
+#: Tokens of each frame that ``look`` learns from in a step; how much of their choice is even; how much more those weigh
+#: that show the object; and what it costs to let the object reach e times as far.
+DRAWN_AT_ONCE, EVENLY, OBJECT_WEIGHT, REACH_COST = 24, 0.3, 3.0, 0.005
 
 #: How far a reading moves the belief: by this share of its distance.
 TRUST = 0.3
@@ -111,8 +115,16 @@ class Body(nn.Module):
         if P and tokens is not None:
             rows, columns, channels = tokens
             size = rows * columns * channels
-            features, thing = self.feature_size + self.object_size, 3 if self.target_dim else 0
-            self.look = Look((rows, columns), channels, features, P, thing, config.look_width, config.look_layers)
+            self.look = Look(
+                (rows, columns),
+                channels,
+                self.feature_size,
+                self.object_size,
+                P,
+                config.look_width,
+                config.look_layers,
+                projection=domain.camera_projection,
+            )
             self.register_buffer("token_mean", torch.zeros(rows * columns, channels))
             self.register_buffer("token_std", torch.ones(rows * columns, channels))
             if self.target_dim:
@@ -183,9 +195,18 @@ class Body(nn.Module):
         if self.look is None:
             return None
         mean = self.get_buffer("token_mean")
-        inputs = torch.cat((self.features(agent_pos), self.object_features(agent_pos, targets, faded=True)), dim=-1)
-        standard: Tensor = self.look(inputs, self._standard(agent_pos), self._standard_place(targets))
+        standard: Tensor = self.look(self._things(agent_pos, targets))
         return mean + standard.float() * self.get_buffer("token_std")
+
+    def _things(self, agent_pos: Tensor, targets: Tensor) -> Things:
+        return Things(
+            self.features(agent_pos),
+            self.object_features(agent_pos, targets, faded=True),
+            self._standard(agent_pos),
+            self._standard_place(targets),
+            agent_pos,
+            targets[..., PLACE],
+        )
 
     def sighted(self, tokens: Tensor, agent_pos: Tensor, believed: Tensor | None) -> Tensor:
         """Where the object is, read off a frame: its pose (..., X), own units; X = 0 without one.
@@ -278,9 +299,7 @@ class Body(nn.Module):
         coast_loss, metrics = self._coast_loss(batch, generator)
         loss = coast_loss
         if self.look is not None:
-            drawn = self.drawn(batch["poses"], batch["places"])
-            assert drawn is not None
-            look_loss = _pseudo_huber((drawn - batch["tokens"]) / self.get_buffer("token_std").mean()).mean()
+            look_loss = self._look_loss(self.look, batch["tokens"], batch["poses"], batch["places"], generator)
             loss = loss + look_loss
             metrics["look_loss"] = look_loss.detach()
         if self.sight is not None:
@@ -314,6 +333,23 @@ class Body(nn.Module):
             loss = loss + object_loss
             metrics["object_loss"] = object_loss.detach()
         return loss, metrics
+
+    def _look_loss(
+        self, look: Look, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Of some tokens of each frame, those that change more often and with less weight, and of the object more. A
+        little is to be gained by reaching less far."""
+        std_SC = self.get_buffer("token_std")
+        often_S = std_SC.mean(dim=-1) + EVENLY * std_SC.mean()
+        count = min(len(often_S), DRAWN_AT_ONCE)
+        chosen = torch.multinomial(often_S, count, generator=generator)
+        things = self._things(agent_pos, places)
+        wanted = (tokens[:, chosen] - self.get_buffer("token_mean")[chosen]) / std_SC[chosen]
+        wrong = _pseudo_huber((look(things, chosen).float() - wanted) * std_SC[chosen] / std_SC.mean()).mean(dim=-1)
+        if look.object_anchors is None:
+            return (wrong * often_S.mean() / often_S[chosen]).mean()
+        weight = 1.0 + OBJECT_WEIGHT * look.nearness(things, chosen).detach()[..., 0].float()
+        return (weight * wrong * often_S.mean() / often_S[chosen]).mean() + REACH_COST * look.reach.abs().log()
 
     def _sight_loss(self, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """Half of the frames with a belief that is wrong by up to some centimetres, half without."""

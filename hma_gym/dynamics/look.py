@@ -1,36 +1,77 @@
 """What robot and object look like: a frame's soft tokens, drawn from their poses alone.
 
 What a token shows depends on where it lies beside the things, so each is told this: anchors, points of the picture,
-move with the poses (some with the robot's, some with the object's), and every token sees how far it is from each. One
-small network then serves all tokens; a thing that it can draw in one place it can draw in others.
+move with the poses, and every token sees how far it is from each. One small network then serves all tokens; a thing
+that it can draw in one place it can draw in others.
 
-Shape legend: leading dims (...), I inputs, S tokens of a frame, C channels, K anchors, D width.
+- Some anchors are free: a network says where they are (some move with the robot, some with the object).
+- Where the domain's camera is known, others are points that are fixed to the hand, and the object's own place, as that
+  camera sees them: these need not be learned.
+
+An object changes a picture only where it is. So tokens know of it the less the further they are from it, and beyond its
+``reach``, which is learned, nothing: far from the object, whatever the hand does looks as it does without one.
+
+Shape legend: leading dims (...), R numbers that describe the robot, O those of the object, S tokens of a frame (T of
+them drawn), C channels, K anchors, P agent_pos dims, D width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.nn.parameters import silence
+from hma_gym.nn.rotations import matrix_of_quaternion
 from hma_gym.nn.waves import waves
 
-#: Anchors that move with the robot, and with the object.
-ROBOT_ANCHORS, OBJECT_ANCHORS = 6, 2
+#: Free anchors that move with the robot, and with the object; and points that are fixed to the hand.
+ROBOT_ANCHORS, OBJECT_ANCHORS, HAND_ANCHORS = 16, 2, 8
+
+#: Where points are fixed to the hand at first (m, in its frame): scattered so far about a point between the fingers.
+SCATTER, MIDDLE = (0.04, 0.06, 0.08), (0.0, 0.0, -0.04)
 
 #: Octaves of the waves of the distances to anchors, of which 1 is half of the picture.
 OCTAVES = 4
+
+#: The object's reach at first, in halves of the picture; and where the anchor that it is measured from is learned too.
+REACH, BLIND_REACH = 0.5, 1.2
+
+#: What is left of an object's influence that counts as nothing.
+FAINT = 0.02
+
+#: Points so far out of the picture (in halves of it) are nowhere.
+OUTSIDE = 3.0
+
+
+@dataclass(frozen=True)
+class Things:
+    """What is to be drawn; leading dims (...) are equal.
+
+    Attributes:
+        robot: (..., R) and ``thing`` (..., O), features of their poses; O = 0 without an object.
+        standard_pos: agent_pos, standardised, (..., P); ``standard_place`` the object's position likewise, (..., 3).
+        agent_pos: own units, (..., P); ``place`` the object's position, (..., 3).
+    """
+
+    robot: Tensor
+    thing: Tensor
+    standard_pos: Tensor
+    standard_place: Tensor
+    agent_pos: Tensor
+    place: Tensor
 
 
 class Anchors(nn.Module):
     """Points of the picture, (..., K, 2) in [-1, 1], as a smooth function of standardised positions (..., I)."""
 
-    def __init__(self, inputs: int, count: int) -> None:
+    def __init__(self, inputs: int, count: int, hidden: int) -> None:
         super().__init__()
         self.count = count
         self.straight = nn.Linear(inputs, 2 * count)
-        self.bent = nn.Sequential(nn.Linear(inputs, 32), nn.SiLU(), nn.Linear(32, 2 * count))
+        self.bent = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, 2 * count))
         last = self.bent[2]
         silence(last)
         nn.init.normal_(self.straight.weight, std=0.3 / inputs**0.5)
@@ -41,68 +82,147 @@ class Anchors(nn.Module):
         return anchors
 
 
-class ConditionedLayer(nn.Module):
-    """x + MLP(norm(x)), whose hidden layer a condition shifts; begins as the identity."""
+class Camera(nn.Module):
+    """Points of the room (..., 3), m, to points of the picture (..., 2), of which the outer tokens' centres lie at -1
+    and 1.
 
-    def __init__(self, width: int, condition: int) -> None:
+    Args:
+        projection: see :class:`hma_gym.domains.Domain`.
+        grid: (rows, columns) of the tokens.
+    """
+
+    def __init__(self, projection: tuple[float, ...], grid: tuple[int, int]) -> None:
         super().__init__()
-        self.up, self.shift, self.down = nn.Linear(width, width), nn.Linear(condition, width), nn.Linear(width, width)
+        rows, columns = grid
+        matrix_34 = torch.tensor(projection, dtype=torch.float32).view(3, 4)
+        stretch_31 = torch.tensor([[columns / max(columns - 1, 1)], [rows / max(rows - 1, 1)], [1.0]])
+        self.register_buffer("matrix_34", matrix_34 * stretch_31, persistent=False)
+
+    def forward(self, points: Tensor) -> Tensor:
+        matrix_34 = self.get_buffer("matrix_34")
+        with torch.autocast(points.device.type, enabled=False):
+            seen = points.float() @ matrix_34[:, :3].T + matrix_34[:, 3]
+            return (seen[..., :2] / seen[..., 2:].clamp(min=1e-3)).clamp(-OUTSIDE, OUTSIDE)
+
+
+class ConditionedLayer(nn.Module):
+    """x + MLP(norm(x)), whose hidden layer conditions shift: one of the robot, and one of the object where that
+    reaches. Begins as the identity."""
+
+    def __init__(self, width: int, condition: int, thing: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+        self.shift = nn.Linear(condition, width)
+        self.thing_shift = nn.Linear(condition, width) if thing else None
         silence(self.down)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, thing: Tensor | None, nearness: Tensor) -> Tensor:
         hidden = self.up(F.layer_norm(x, x.shape[-1:])) + self.shift(condition)[..., None, :]
+        if self.thing_shift is not None:
+            hidden = hidden + nearness * self.thing_shift(thing)[..., None, :]
         change: Tensor = self.down(F.silu(hidden))
         return x + change
 
 
 class Look(nn.Module):
-    """Poses to standardised tokens, (..., S, C). Untrained, it gives zeros: the mean of all frames.
+    """Poses to standardised tokens. Untrained, it gives zeros: the mean of all frames.
 
     Args:
         grid: (rows, columns) of the tokens; S is their product.
         channels: C.
-        features: numbers that describe the poses.
-        robot, thing: numbers of agent_pos, and of the object's position (0 without one), that move the anchors.
+        robot: R; ``thing``: O, 0 without an object.
+        state_dim: P.
         width, layers: of the network of a token.
         condition: width of what all tokens are told.
+        projection: the camera's, see :class:`hma_gym.domains.Domain`; empty where it is not known. With one, agent_pos
+            begins with a hand's pose.
     """
 
     def __init__(
         self,
         grid: tuple[int, int],
         channels: int,
-        features: int,
         robot: int,
         thing: int,
+        state_dim: int,
         width: int,
         layers: int,
         condition: int = 256,
+        projection: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         rows, columns = grid
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         self.register_buffer("places", torch.stack((x, y), dim=-1).flatten(0, 1), persistent=False)
-        self.robot_anchors = Anchors(robot, ROBOT_ANCHORS)
-        self.object_anchors = Anchors(thing, OBJECT_ANCHORS) if thing else None
-        count = ROBOT_ANCHORS + (OBJECT_ANCHORS if thing else 0)
-        self.condition = nn.Sequential(
-            nn.Linear(features, condition), nn.SiLU(), nn.Linear(condition, condition), nn.SiLU()
-        )
+        self.camera = Camera(projection, grid) if projection else None
+        self.robot_anchors = Anchors(state_dim, ROBOT_ANCHORS, 96)
+        count = ROBOT_ANCHORS
+        if self.camera is not None:
+            self.on_hand = nn.Parameter(torch.randn(HAND_ANCHORS, 3) * torch.tensor(SCATTER) + torch.tensor(MIDDLE))
+            count += HAND_ANCHORS
+        self.condition = _condition(robot, condition)
         self.near = nn.Linear(2 * count * (1 + 2 * OCTAVES), width)
         self.token = nn.Parameter(0.1 * torch.randn(rows * columns, width))
         self.first = nn.Linear(condition, width)
-        self.layers = nn.ModuleList(ConditionedLayer(width, condition) for _ in range(layers))
+        self.object_anchors: Anchors | None = None
+        if thing:
+            self.object_anchors = Anchors(3, OBJECT_ANCHORS, 32)
+            self.thing_condition = _condition(robot + thing, condition)
+            count = OBJECT_ANCHORS + (self.camera is not None)
+            self.thing_near = nn.Linear(2 * count * (1 + 2 * OCTAVES), width)
+            self.thing_first = nn.Linear(condition, width)
+            self.reach = nn.Parameter(torch.tensor(REACH if self.camera is not None else BLIND_REACH))
+        self.layers = nn.ModuleList(ConditionedLayer(width, condition, bool(thing)) for _ in range(layers))
         self.out = nn.Linear(width, channels)
         silence(self.out)
 
-    def forward(self, features: Tensor, robot: Tensor, thing: Tensor) -> Tensor:
-        anchors = self.robot_anchors(robot)
+    def anchors_of_robot(self, things: Things) -> Tensor:
+        """(..., K, 2)."""
+        points: Tensor = self.robot_anchors(things.standard_pos)
+        if self.camera is None:
+            return points
+        hand = matrix_of_quaternion(things.agent_pos[..., 3:7])
+        fixed = things.agent_pos[..., None, :3] + (hand[..., None, :, :] @ self.on_hand[..., None])[..., 0]
+        return torch.cat((self.camera(fixed), points), dim=-2)
+
+    def anchors_of_object(self, things: Things) -> Tensor:
+        """(..., K, 2); the object's influence is measured from the first."""
+        assert self.object_anchors is not None
+        points: Tensor = self.object_anchors(things.standard_place)
+        if self.camera is None:
+            return points
+        return torch.cat((self.camera(things.place[..., None, :]), points), dim=-2)
+
+    def nearness(self, things: Things, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """How much each token knows of the object, (..., T, 1) from 0 to 1."""
+        away = self.get_buffer("places")[tokens] - self.anchors_of_object(things)[..., :1, :]
+        share = torch.exp(-away.square().sum(dim=-1, keepdim=True) / self.reach.square())
+        return ((share - FAINT) / (1.0 - FAINT)).clamp(min=0.0)
+
+    def forward(self, things: Things, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """(..., T, C) of some tokens, indices (T,), or of all."""
+        places = self.get_buffer("places")[tokens]
+        condition = self.condition(things.robot)
+        x = self.near(_away(places, self.anchors_of_robot(things))) + self.token[tokens]
+        x = x + self.first(condition)[..., None, :]
+        thing, nearness = None, x.new_zeros(())
         if self.object_anchors is not None:
-            anchors = torch.cat((anchors, self.object_anchors(thing)), dim=-2)
-        away = self.get_buffer("places")[:, None, :] - anchors[..., None, :, :]
-        condition = self.condition(features)
-        x = self.near(waves(away.flatten(-2), OCTAVES)) + self.token + self.first(condition)[..., None, :]
+            thing = self.thing_condition(torch.cat((things.robot, things.thing), dim=-1))
+            nearness = self.nearness(things, tokens)
+            told = (
+                self.thing_near(_away(places, self.anchors_of_object(things))) + self.thing_first(thing)[..., None, :]
+            )
+            x = x + nearness * told
         for layer in self.layers:
-            x = layer(x, condition)
+            x = layer(x, condition, thing, nearness)
         drawn: Tensor = self.out(F.layer_norm(x, x.shape[-1:]))
         return drawn
+
+
+def _condition(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+
+def _away(places: Tensor, anchors: Tensor) -> Tensor:
+    """Where places (T, 2) lie beside anchors (..., K, 2), as waves: (..., T, 2 K (1 + 2 octaves))."""
+    return waves((places[:, None, :] - anchors[..., None, :, :]).flatten(-2), OCTAVES)

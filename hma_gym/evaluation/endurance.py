@@ -60,17 +60,20 @@ class BlobSettings:
 
 @dataclass(frozen=True)
 class LongRollouts:
-    """Generated long videos. ``names`` tells the actions of each: "random", "scripted" or "recorded NAME"."""
+    """Generated long videos and the actions that led there (float32, env units). ``names`` tells what kind these are of
+    each: "random", "scripted" or "recorded NAME"."""
 
     names: tuple[str, ...]
     start_frames_BHWC: Tensor
     generated: Generated
+    actions_BTA: Tensor
 
     def of_kind(self, kind: str) -> LongRollouts:
         """Those whose name begins so."""
         chosen = [n for n, name in enumerate(self.names) if name.startswith(kind)]
         generated = Generated(*(getattr(self.generated, f.name)[chosen] for f in dataclasses.fields(Generated)))
-        return LongRollouts(tuple(self.names[n] for n in chosen), self.start_frames_BHWC[chosen], generated)
+        names = tuple(self.names[n] for n in chosen)
+        return LongRollouts(names, self.start_frames_BHWC[chosen], generated, self.actions_BTA[chosen])
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,15 @@ class ScriptedActor:
         object_start_BX: where the cube is at the start (m).
         seed: of the scripts.
         cycle: steps until a script gives way to the next.
+
+    Attributes:
+        taken: the actions (B, A) of each step so far.
     """
 
     def __init__(self, object_start_BX: NDArray[np.float32], seed: int, cycle: int = 64) -> None:
         self.object_start_BX, self.seed, self.cycle = object_start_BX, seed, cycle
         self.scripts: list[LiftScript] = []
+        self.taken: list[Tensor] = []
 
     def __call__(self, step: int, agent_pos_BP: Tensor, targets_BX: Tensor) -> Tensor:
         """See :data:`hma_gym.evaluation.open_loop.Actor`."""
@@ -133,7 +140,8 @@ class ScriptedActor:
             turn = 4 * np.arctan2(place[4], place[3]) if len(place) > 4 else 0.0  # where the yaw is among the targets
             belief = np.concatenate([place[:3], [np.cos(turn), np.sin(turn)]]).astype(np.float64)
             actions.append(script.act(believed_state(belief, pose.astype(np.float64))))
-        return torch.from_numpy(np.stack(actions))
+        self.taken.append(torch.from_numpy(np.stack(actions)))
+        return self.taken[-1]
 
     def _script(self, row: int, turn: int) -> LiftScript:
         rng = np.random.default_rng([self.seed, row, turn])
@@ -172,7 +180,7 @@ def long_rollouts(
     progress: bool = True,
 ) -> LongRollouts:
     """Roll each held-out start out: an equal share of them, in order, under each kind of actions."""
-    parts, names = [], []
+    parts, names, taken = [], [], []
     label = "long rollouts" if progress else None
     seeds = rollout_seeds(len(held_out), seed)
     for kind, rows in shares(held_out, kinds).items():
@@ -181,15 +189,18 @@ def long_rollouts(
         if kind == "scripted":
             actor = ScriptedActor(held_out.object_BT3[rows, 0], seed)
             made = generate_closed_loop(checkpoint, start, agent_pos, actor, steps, seeds[rows], progress=label)
+            chosen = torch.stack(actor.taken, dim=1)
         else:
             chosen = torch.from_numpy(given_actions(kind, checkpoint, held_out, rows, steps, seed))
             made = generate(checkpoint, start, agent_pos, chosen, seeds[rows], batch=batch, progress=label)
         parts.append(made)
+        taken.append(chosen)
         names += [f"recorded {held_out.names[row]}" if kind == "recorded" else kind for row in rows]
     generated = Generated(
         *(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(Generated))
     )
-    return LongRollouts(tuple(names), torch.from_numpy(held_out.frames_BTHWC[:, 0]), generated)
+    start_BHWC = torch.from_numpy(held_out.frames_BTHWC[:, 0])
+    return LongRollouts(tuple(names), start_BHWC, generated, torch.cat(taken))
 
 
 def true_rollouts(

@@ -65,6 +65,7 @@ def load_held_out(dataset: Dataset, *, split: str | None, episodes: int, rows: i
     """Read up to ``episodes`` episodes of a split (None: of the whole dataset), cut to ``rows`` rows.
 
     Drawn at random with the seed, evenly over the whole split, so that shares and rates are the collection's own.
+    Stills, whose rows do not follow one another, are never among them.
 
     Raises:
         DatasetError: the split has no episode that long.
@@ -73,12 +74,12 @@ def load_held_out(dataset: Dataset, *, split: str | None, episodes: int, rows: i
     if episodes < 1 or rows < 2:
         raise InvalidArgument(f"need episodes >= 1 and rows >= 2, got episodes={episodes}, rows={rows}.")
     lengths = dataset.lengths_N
-    members = range(len(dataset)) if split is None else dataset.split(split)
+    members = dataset.moving(None if split is None else dataset.split(split))
     long_enough = [position for position in members if lengths[position] >= rows]
     if not long_enough:
         raise DatasetError(
-            f"{str(dataset.path)!r}: no episode of split {split!r} has {rows} rows; the longest has "
-            f"{int(lengths.max())}: ask for fewer steps."
+            f"{str(dataset.path)!r}: no episode of split {split!r} has {rows} rows; the longest of the file has "
+            f"{max((int(lengths[p]) for p in dataset.moving()), default=0)}: ask for fewer steps."
         )
     order = np.random.default_rng(seed).permutation(long_enough)[:episodes]
     chosen = [int(position) for position in sorted(order)]

@@ -125,7 +125,7 @@ class ClassifierJudge(TrainedJudge):
         codes_BKD = self._codes(frames_BKCHW.flatten(0, 1)).reshape(batch, window, -1)
         if told_BKS is None:
             told_BKS = self.told(None, codes_BKD.shape[:2])
-        return self._read_codes(codes_BKD, told_BKS)
+        return self.read_codes(codes_BKD, told_BKS)
 
     def told(self, agent_pos: Tensor | None, leading: torch.Size) -> Tensor:
         """agent_pos (..., P), own units, as codes say it: (..., S), standardised, and whether it is known.
@@ -144,7 +144,8 @@ class ClassifierJudge(TrainedJudge):
         codes_BD: Tensor = F.gelu(self.project(self.encoder(frames_BCHW).flatten(1)))
         return codes_BD
 
-    def _read_codes(self, codes_BKD: Tensor, told_BKS: Tensor) -> tuple[Tensor, Tensor]:
+    def read_codes(self, codes_BKD: Tensor, told_BKS: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, from the codes of the pictures, (B, K, D)."""
         mixed_BD = F.gelu(self.mix(codes_BKD.transpose(1, 2)).squeeze(-1))
         seen_BE = torch.cat([mixed_BD, codes_BKD[:, -1]], dim=-1)
         hidden_BD = self.hidden(seen_BE)
@@ -196,7 +197,7 @@ class ClassifierJudge(TrainedJudge):
     def probability_of_codes(self, codes_BKD: Tensor) -> Tensor:
         """As :meth:`probability`, from the codes (D + S numbers each) of the window's frames, oldest first."""
         seen_BKD, told_BKS = codes_BKD.split((self.config.width, _told_size(self.config)), dim=-1)
-        return self._probability(self._read_codes(seen_BKD, told_BKS)[0])
+        return self._probability(self.read_codes(seen_BKD, told_BKS)[0])
 
 
 def _told_size(config: ClassifierConfig) -> int:

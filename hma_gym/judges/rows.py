@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hma_gym.data.episodes import Episode
+from hma_gym.data.episodes import Episode, apart, success_of_stills
 from hma_gym.data.object_pose import OBJECT_KEY, POSITION
 from hma_gym.errors import DatasetError
 
@@ -21,9 +21,10 @@ from hma_gym.errors import DatasetError
 def success_by_row(episode: Episode) -> NDArray[np.bool_]:
     """Whether the task is done in the state that row t shows: (T,).
 
-    ``rewards_T[t]`` speaks of the state after ``actions_TA[t]``, so it labels row t + 1; nothing is done at row 0.
+    ``rewards_T[t]`` speaks of the state after ``actions_TA[t]``, so it labels row t + 1; nothing is done at row 0, but
+    of stills.
     """
-    return success_after(episode.rewards_T)
+    return (success_of_stills if episode.still else success_after)(episode.rewards_T)
 
 
 def success_after(rewards_T: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -87,6 +88,17 @@ class LabelledRows(RowLabels):
     frames_FHWC: NDArray[np.uint8]
     agent_pos_FP: NDArray[np.float32]
 
+    def first(self, count: int) -> LabelledRows:
+        """The first so many rows, which are whole episodes."""
+        return LabelledRows(
+            frames_FHWC=self.frames_FHWC[:count],
+            agent_pos_FP=self.agent_pos_FP[:count],
+            success_F=self.success_F[:count],
+            position_F3=self.position_F3[:count],
+            first_F=self.first_F[:count],
+            last_N=self.last_N[self.last_N < count],
+        )
+
 
 @dataclass(frozen=True)
 class TokenRows(RowLabels):
@@ -96,9 +108,10 @@ class TokenRows(RowLabels):
 
 
 def label_rows(episodes: Sequence[Episode]) -> LabelledRows:
-    """Put episodes end to end. Raises :class:`DatasetError` when there is none."""
+    """Put episodes end to end, each still as one of its own. Raises :class:`DatasetError` when there is none."""
     if not episodes:
         raise DatasetError("no episode to label; choose at least one.")
+    episodes = apart(episodes)
     dims = {episode.agent_pos_TP.shape[1] for episode in episodes}
     told = min(dims) if len(dims) == 1 else 0
     first_F, last_N = bounds_of(np.array([len(episode) for episode in episodes]))

@@ -261,7 +261,9 @@ def clone_policy(
         DatasetError: the images or actions do not fit the model.
     """
     dataset = open_dataset(data)
-    episodes = [dataset[i] for i in dataset.split("train")]
+    episodes = [dataset[i] for i in dataset.moving(dataset.split("train"))]
+    if not episodes:
+        raise DatasetError(f"{str(data)!r} has no training episode to clone, only stills; give demonstrations.")
     images = np.concatenate([episode.images_THWC for episode in episodes])
     poses = np.concatenate([episode.agent_pos_TP for episode in episodes]).astype(np.float32)
     actions = np.concatenate([episode.actions_TA for episode in episodes]).astype(np.float32)

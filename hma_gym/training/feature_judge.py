@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hma_gym.data.cache import TokenCache, build_token_cache, load_token_cache
+from hma_gym.data.cache import TokenCache, build_token_cache, demo_of, load_token_cache
+from hma_gym.data.episodes import success_of_stills
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.judges.augment import fade_red
@@ -246,21 +247,26 @@ def token_rows(dataset: Dataset, cache: TokenCache, splits: Sequence[str]) -> To
     """
     places = {demo.name: position for position, demo in enumerate(dataset.demos)}
     chosen = np.concatenate([cache.episodes(split) for split in splits])
-    unknown = [cache.name_N[n] for n in chosen if cache.name_N[n] not in places]
+    demos = list(dict.fromkeys(demo_of(cache.name_N[n]) for n in chosen))
+    unknown = [name for name in demos if name not in places]
     if not len(chosen) or unknown:
         raise DatasetError(
             f"the token cache must be of {str(dataset.path)!r} and have episodes of {list(splits)}, got {len(chosen)}, "
             f"of which the dataset lacks {unknown[:3]}; leave tokens out to encode the frames."
         )
-    flat = dataset.flat([places[cache.name_N[n]] for n in chosen])
-    lengths_N = np.diff(flat.starts_N1)
+    flat = dataset.flat([places[name] for name in demos])
+    rewards = zip(demos, np.split(flat.rewards_F, flat.starts_N1[1:-1]), strict=True)
+    success = [
+        (success_of_stills if dataset.demos[places[name]].still else success_after)(rewards_T)
+        for name, rewards_T in rewards
+    ]
     parts = [cache.rows(int(n)) for n in chosen]
     targets_F3 = np.concatenate([cache.targets_FX[part, :3] for part in parts])
     if targets_F3.shape[1] < 3:
         targets_F3 = np.full((len(targets_F3), 3), np.nan)
-    first_F, last_N = bounds_of(lengths_N)
+    first_F, last_N = bounds_of(np.diff(cache.starts_N1)[chosen])
     return TokenRows(
-        success_F=np.concatenate([success_after(r) for r in np.split(flat.rewards_F, flat.starts_N1[1:-1])]),
+        success_F=np.concatenate(success),
         position_F3=targets_F3.astype(np.float32),
         first_F=first_F,
         last_N=last_N,
@@ -340,7 +346,7 @@ def train_feature_judge(config: FeatureTrainConfig) -> FeatureTrainResult:
             f"{str(config.data)!r}: all {len(train_rows)} training rows have one outcome; a judge needs episodes with "
             "success and with failure."
         )
-    names = [cache.name_N[n] for n in cache.episodes("train")[: config.varied_episodes]]
+    names = dict.fromkeys(demo_of(cache.name_N[n]) for n in cache.episodes("train")[: config.varied_episodes])
     places = {demo.name: position for position, demo in enumerate(dataset.demos)}
     frames_FHWC = np.concatenate([dataset[places[name]].images_THWC for name in names])
     variants = make_variants(tokenizer, frames_FHWC, train_rows, config)

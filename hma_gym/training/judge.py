@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hma_gym.data.cache import targets_of
-from hma_gym.data.episodes import Episode
+from hma_gym.data.episodes import Episode, apart
 from hma_gym.data.object_pose import turned_alike
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
@@ -57,6 +57,7 @@ from hma_gym.training import (
     default_parameter_groups,
     train,
 )
+from hma_gym.training.judge_upper import coded_rows, train_upper
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class JudgeTrainConfig:
             frames alone may learn to be told agent_pos.
         minutes: wall-clock time of training.
         steps: length in optimiser steps instead of minutes (exactly resumable).
+        upper_steps: of the second stage (:mod:`hma_gym.training.judge_upper`); 0 for none.
         batch_size: windows per step.
         lr: peak learning rate of AdamW.
         window: K, last frames the judge sees.
@@ -105,6 +107,7 @@ class JudgeTrainConfig:
     init: Path | None = None
     minutes: float = 6.0
     steps: int | None = None
+    upper_steps: int = 4000
     batch_size: int = 64
     lr: float = 2e-3
     window: int = 4
@@ -128,6 +131,8 @@ class JudgeTrainConfig:
         for name in ("minutes", "batch_size", "lr", "max_episodes", "max_held_out", "threads"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.upper_steps < 0:
+            raise InvalidArgument(f"upper_steps must be 0 or more, got {self.upper_steps}.")
         if not 0 <= self.state_hidden <= 1 or self.state_noise < 0:
             raise InvalidArgument(
                 "state_hidden must be a share in [0, 1] and state_noise at least 0, got "
@@ -221,12 +226,21 @@ class JudgeTraining(nn.Module):
                 success_B = success_B.masked_fill(gone_B, 0.0)
                 place_B3 = place_B3.masked_fill(gone_B[:, None], float("nan"))
             damaged_BKCHW = augment(frames_BKCHW, generator)
-            told_BKS = self._told(batch["agent_pos_BKP"], generator) if self.judge.state_dim else None
+            told_BKS = self.told(batch["agent_pos_BKP"], generator)
         said = self.judge(damaged_BKCHW, told_BKS)
+        return self.loss_of(said, success_B, place_B3)
+
+    def loss_of(
+        self, said: tuple[Tensor, Tensor], success_B: Tensor, place_B3: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:func:`judge_loss` of what the judge says."""
         return judge_loss(self.judge, said, success_B, place_B3, self.config.position_weight)
 
-    def _told(self, agent_pos_BKP: Tensor, generator: torch.Generator) -> Tensor:
-        """What the judge is told of agent_pos, (B, K, S): with noise, and in some windows nothing."""
+    def told(self, agent_pos_BKP: Tensor, generator: torch.Generator) -> Tensor:
+        """What the judge is told of agent_pos, (B, K, S): with noise, and in some windows nothing; S = 0 where it is
+        told none."""
+        if not self.judge.state_dim:
+            return self.judge.told(None, agent_pos_BKP.shape[:2])
         B, K, P = agent_pos_BKP.shape
         noise_B1P = torch.randn(B, 1, P, generator=generator, device=agent_pos_BKP.device)
         shown_B = torch.rand(B, 1, 1, generator=generator, device=agent_pos_BKP.device) >= self.config.state_hidden
@@ -331,7 +345,7 @@ def drawn_frames(world: Checkpoint, episodes: Sequence[Episode], batch: int = 64
             f"tokens and {domain.state_dim} dims of agent_pos; name its tokenizer in its place."
         )
     parts = []
-    for episode in episodes:
+    for episode in apart(episodes):
         if episode.images_THWC.shape[1:3] != tokenizer.image_size:
             raise DatasetError(
                 f"world {world.name!r} draws frames of {tokenizer.image_size} pixels, the data has "
@@ -429,6 +443,8 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     result = train(model, JudgeBatches(train_rows, config, coded), loop, _Accuracy(valid_rows, config.seed))
     with result.ema.applied_to(model):
         raw = as_stored(model.judge)
+    if config.upper_steps and result.finished:
+        raw = _upper(config, model, raw, train_rows, coded)
     valid_B = np.arange(len(valid_rows), dtype=np.int64)
     seen = [valid_rows]
     if valid_drawn is not None:
@@ -446,6 +462,32 @@ def train_judge(config: JudgeTrainConfig) -> JudgeTrainResult:
     if config.progress:
         print(summary(measured, folder))
     return JudgeTrainResult(judge, folder, measured)
+
+
+def _upper(
+    config: JudgeTrainConfig,
+    model: JudgeTraining,
+    judge: ClassifierJudge,
+    rows: LabelledRows,
+    coded_FHWC: NDArray[np.uint8] | None,
+) -> ClassifierJudge:
+    """The judge after the second stage, on the frames as they are and, of the first so many, as they were coded."""
+    parts = [coded_rows(judge, rows, rows.frames_FHWC)]
+    if coded_FHWC is not None:
+        parts.append(coded_rows(judge, rows.first(len(coded_FHWC)), coded_FHWC))
+    judge = judge.train().requires_grad_(True)
+    train_upper(
+        judge,
+        parts,
+        model.told,
+        model.loss_of,
+        config.out,
+        steps=config.upper_steps,
+        decision_height=config.decision_height,
+        seed=config.seed,
+        progress=config.progress,
+    )
+    return as_stored(judge.eval())
 
 
 def as_stored(judge: JudgeT) -> JudgeT:

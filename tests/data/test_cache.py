@@ -16,6 +16,8 @@ from torch import Tensor
 from hma_gym.data.cache import (
     TokenCache,
     build_token_cache,
+    demo_of,
+    episode_names,
     load_token_cache,
     read_frame_pack,
     write_frame_pack,
@@ -106,6 +108,64 @@ def test_growth_encodes_only_what_is_new_and_equals_a_new_cache(tmp_path: Path) 
     unknown = dataclasses.replace(first, name_N=())  # a cache that does not know names is not trusted to be a prefix
     assert _equal(build_token_cache(dataset, encoder, previous=unknown, progress=False), grown)
     assert encoder.episodes == 3 + 7
+
+
+def _stills(index: int) -> Episode:
+    """Rows that do not follow one another; in every third the task is done."""
+    plain = _episode(index)
+    success_T = np.arange(len(plain)) % 3 == 0
+    return dataclasses.replace(
+        plain,
+        actions_TA=np.zeros_like(plain.actions_TA),
+        rewards_T=np.roll(success_T, -1),
+        attrs={"category": "still", "still": True},
+    )
+
+
+def test_each_still_is_an_episode_of_its_own(tmp_path: Path) -> None:
+    writer = _record(tmp_path / "d.hdf5", [0, 5])
+    writer.write(1, _stills(1))
+    writer.write(2, _stills(2))
+    dataset = open_dataset(tmp_path / "d.hdf5")
+    encoder = _Encoder()
+    cache = build_token_cache(dataset, encoder, progress=False)
+    names = ["demo_0", *(f"demo_1[{t}]" for t in range(5)), *(f"demo_2[{t}]" for t in range(6)), "demo_5"]
+    assert list(cache.name_N) == names and episode_names(dataset) == cache.name_N
+    assert [demo_of(name) for name in names[:2]] == ["demo_0", "demo_1"]
+    assert np.diff(cache.starts_N1).tolist() == [4] + [1] * 11 + [6]
+    assert cache.category_N == ("held", *("still",) * 11, "pushed")
+    done = [True, False, False, True, False, True, False, False, True, False, False]
+    assert cache.success_N.tolist() == [True, *done, False]
+    assert cache.episodes("valid").tolist() == [12] and cache.moving("train").tolist() == [0]
+    assert np.array_equal(cache.agent_pos_FP[cache.rows(3)][0], dataset[1].agent_pos_TP[2])
+    writer.write(3, _stills(3))
+    writer.write(6, _episode(6))
+    grown = open_dataset(tmp_path / "d.hdf5")
+    new = build_token_cache(grown, _Encoder(), progress=False)
+    encoder.episodes = 0
+    assert _equal(build_token_cache(grown, encoder, previous=cache, progress=False), new) and encoder.episodes == 2
+    assert _equal(load_token_cache(new.save(tmp_path / "d.h5")), new)
+
+
+def test_stills_tell_nothing_of_motion(tmp_path: Path) -> None:
+    _record(tmp_path / "plain.hdf5", range(4)).merge()
+    writer = _record(tmp_path / "both.hdf5", range(4))
+    for index in range(12, 240):
+        writer.write(index, _stills(index))
+    plain, both = (
+        build_token_cache(open_dataset(tmp_path / f"{name}.hdf5"), _Encoder(), progress=False)
+        for name in ("plain", "both")
+    )
+    settings: dict[str, Any] = {"stride": 1, "control_hz": 10.0, "image_size": (8, 8)}
+    a, b = plain.make_domain("d", **settings), both.make_domain("d", **settings)
+    assert (a.action_mean, a.action_std, a.delta_std) == (b.action_mean, b.action_std, b.delta_std)
+    first = dataclasses.replace(  # stills before everything else
+        both,
+        starts_N1=np.r_[0, np.cumsum(np.r_[np.ones(300, int), np.diff(plain.starts_N1)])],
+        tokens=np.concatenate((both.tokens[-300:], plain.tokens)),
+        split_N=np.zeros(304, int),
+    )
+    assert first.change_scale() == pytest.approx(plain.change_scale()) and plain.change_scale() > 0
 
 
 def test_domain_statistics_are_of_training_episodes(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def test_domains_survive_json(own: Domain) -> None:
 
 def test_domains_of_earlier_versions_have_no_object() -> None:
     fields = domain().to_dict()
-    del fields["object_turns"]
-    assert Domain.from_dict(fields).object_turns == 0
+    del fields["object_turns"], fields["camera_projection"]
+    assert Domain.from_dict(fields).object_turns == 0 and Domain.from_dict(fields).camera_projection == ()
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,8 @@ def test_an_object_needs_its_pose_and_a_hand(shape: dict[str, Any], message: str
         ({"action_std": (0.5, 0.5, 0.5, 0.0)}, "action_std must be positive"),
         ({"state_mean": (float("nan"),) * 9}, "state_mean must be finite"),
         ({"stride": 0}, "stride >= 1"),
+        ({"camera_projection": (1.0,) * 9}, "camera_projection must have 12 values, got 9"),
+        ({"camera_projection": (1.0,) * 12, "object_turns": 0}, "object_turns above 0.*object_turns=0"),
     ],
 )
 def test_statistics_must_fit(change: dict[str, Any], message: str) -> None:

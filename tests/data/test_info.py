@@ -1,5 +1,7 @@
 """The summary of a dataset counts what is there."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,22 @@ def test_the_summary_counts_what_is_there(dataset):
     assert summary.action_low == pytest.approx((0.0, -0.5))
     assert summary.action_high == pytest.approx((0.5, 0.5))
     assert summary.made_by["seed"] == 7
+
+
+def test_stills_are_counted_apart(dataset, tmp_path):
+    writer = EpisodeWriter(tmp_path / "both.hdf5", env_args={}, info={})
+    stills = dataclasses.replace(dataset[5], attrs={"category": "still", "still": True})
+    for episode in (dataset[0], stills):
+        writer.append(episode)
+    summary = summarise(open_dataset(writer.merge()))
+    assert (summary.episodes, summary.rows, summary.stills, summary.length_max) == (1, 4, 9, 4)
+    assert summary.by["category"] == (Group("held", 1, 1.0),) and summary.success_rate == 1.0
+    assert "stills        9 (rows that do not follow one another)" in format_summary(summary)
+    only = EpisodeWriter(tmp_path / "only.hdf5", env_args={}, info={})
+    only.append(stills)
+    summary = summarise(open_dataset(only.merge()))
+    assert (summary.episodes, summary.stills, summary.length_mean, summary.success_rate) == (0, 9, 0.0, None)
+    assert "episodes      0" in format_summary(summary)
 
 
 def test_the_table_is_printed(dataset, capsys):

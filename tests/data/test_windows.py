@@ -56,6 +56,15 @@ def test_frames_are_consecutive_and_actions_lie_between_them() -> None:
             assert all(inside) and float(frame.max()) < sum(LENGTHS[:3])  # never across episodes, nor a test episode
 
 
+def test_stills_are_in_no_clip() -> None:
+    cache = _cache(lengths=[1, 1, 9, 1])
+    domain = _domain(cache)
+    batches = ClipBatches([cache], [domain], ClipConfig(batch_size=64, frames=1, margin=4))
+    assert set(batches.batch(0)["tokens"][:, :, 0, 0].flatten().tolist()) == set(range(2, 11))
+    with pytest.raises(DatasetError, match="no train episode of domain 'd' is longer"):
+        ClipBatches([_cache(lengths=[1, 1, 1, 1])], [domain], ClipConfig(frames=1))
+
+
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
     cache = _cache(soft=False)
     one, same, other = (

@@ -247,7 +247,7 @@ def test_low_precision_around_it_changes_nothing() -> None:
 SMALL = BodyConfig(
     history=2, octaves=2, coast_width=64, coast_layers=2, look_width=64, look_layers=1, sight_width=64, sight_layers=1
 )
-STEPS = 300
+STEPS = 400
 
 
 @pytest.fixture(scope="module")

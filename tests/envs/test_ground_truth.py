@@ -360,3 +360,18 @@ def test_without_opengl_the_error_brings_the_remedy(variables: dict[str, str]) -
     assert f"with MUJOCO_GL='{environment['MUJOCO_GL']}'" in done.stdout
     assert "apt-get install libegl1 libgl1-mesa-dri" in done.stdout and "MUJOCO_EGL_DEVICE_ID" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_the_camera_projection_says_where_in_the_picture_things_are(env: GroundTruthEnv) -> None:
+    matrix_34 = np.array(env.simulation.camera_projection()).reshape(3, 4)
+    pixels = []
+    for seed in range(6):
+        observation, info = env.reset(seed=seed)
+        image = observation["pixels"].astype(int)
+        red = image[..., 0] - image[..., 1:].max(axis=-1) > 40
+        u, v, depth = matrix_34 @ np.append(info["privileged"]["object_pos"], 1.0)
+        size = len(image)
+        seen = np.argwhere(red).mean(axis=0) + 0.5  # rows and columns, from the edge
+        pixels.append(np.abs(seen - (np.array([v, u]) / depth + 1.0) * size / 2).max())
+        assert depth > 0
+    assert max(pixels) < 1.5 * size / 64

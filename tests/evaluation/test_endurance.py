@@ -36,7 +36,7 @@ def _rollouts(frames_BTHWC: Tensor, hand_x: float = 1.0) -> LongRollouts:
     count, steps = frames_BTHWC.shape[:2]
     agent_pos = torch.full((count, steps, 9), hand_x)
     generated = Generated(frames_BTHWC, agent_pos, torch.zeros(count, steps, 3))
-    return LongRollouts(("random",) * count, frames_BTHWC[:, 0], generated)
+    return LongRollouts(("random",) * count, frames_BTHWC[:, 0], generated, torch.zeros(count, steps, 7))
 
 
 def _video(steps: int = 60, cubes: int = 1) -> Tensor:
@@ -151,14 +151,13 @@ def test_ground_truth_under_recorded_actions_is_the_recording(tmp_path: Path) ->
 
 @pytest.mark.gl
 def test_the_benchmark_measures_ground_truth_beside_the_model(lift_folder: Path, tmp_path: Path) -> None:
-    recording = CollectConfig(tmp_path / "one.hdf5", episodes=2, workers=1, seed=3, steps=6)
+    recording = CollectConfig(tmp_path / "one.hdf5", episodes=3, workers=1, seed=3, steps=6)
     path = collect(recording, progress=False)
     reports = endurance(
         EnduranceConfig(
             data=path,
             checkpoint=str(lift_folder),
-            rollouts=2,
-            kinds=("random", "recorded"),
+            rollouts=3,
             rows=6,
             steps=41,
             split=None,
@@ -167,7 +166,8 @@ def test_the_benchmark_measures_ground_truth_beside_the_model(lift_folder: Path,
             progress=False,
         )
     )
-    assert list(reports) == ["random", "random, ground truth", "recorded", "recorded, ground truth"]
-    for kind in ("random", "recorded"):  # nothing moves where nothing moved in ground truth
+    kinds = ("random", "scripted", "recorded")
+    assert list(reports) == [name for kind in kinds for name in (kind, f"{kind}, ground truth")]
+    for kind in kinds:  # nothing moves where nothing moved in ground truth
         assert min(reports[f"{kind}, ground truth"].background_psnr_curve) > 40.0
     assert reports["random, ground truth"].cube_counts[1] > 0  # and the cube is there

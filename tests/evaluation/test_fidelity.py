@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hma_gym.benchmarks.fidelity import FidelityConfig, fidelity, scene_frames
-from hma_gym.data.robomimic_hdf5 import Dataset
+from hma_gym.data.robomimic_hdf5 import Dataset, EpisodeWriter, open_dataset
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.evaluation.fidelity import (
@@ -53,6 +53,20 @@ def test_held_out_is_cut_drawn_and_categorised(toy_dataset: Dataset) -> None:
         load_held_out(toy_dataset, split="test", episodes=3, rows=9)
     with pytest.raises(InvalidArgument, match="rows=1"):
         load_held_out(toy_dataset, split="test", episodes=3, rows=1)
+
+
+def test_stills_are_never_held_out(toy_dataset: Dataset, tmp_path: Path) -> None:
+    writer = EpisodeWriter(tmp_path / "both.hdf5", env_args={}, info={})
+    stills = dataclasses.replace(toy_dataset[1], attrs={"category": "still", "still": True})
+    for episode in (stills, toy_dataset[0], stills):
+        writer.append(episode)
+    both = open_dataset(writer.merge())
+    assert load_held_out(both, split=None, episodes=9, rows=8).names == ("demo_1",)
+    assert load_held_out(both, split="train", episodes=9, rows=8).names == ("demo_1",)
+    only = EpisodeWriter(tmp_path / "only.hdf5", env_args={}, info={})
+    only.append(stills)
+    with pytest.raises(DatasetError, match="the longest of the file has 0"):
+        load_held_out(open_dataset(only.merge()), split=None, episodes=1, rows=8)
 
 
 def test_the_category_follows_the_cut() -> None:

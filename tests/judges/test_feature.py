@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_toy import toy_episode, toy_stills, write_toy
 from torch import Tensor
 from toy_checkpoint import ACTION_DIM, toy_checkpoint
 
+from hma_gym.data.cache import build_token_cache
+from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hma_gym.dynamics.precision import with_precision
 from hma_gym.envs.vector import HMAVectorEnv
@@ -26,9 +29,10 @@ from hma_gym.judges.feature import (
     load_feature_judge,
 )
 from hma_gym.judges.protocol import Judge, TokenJudge, episode_probabilities
+from hma_gym.judges.rows import label_rows
 from hma_gym.tokenizers import SoftConfig, SoftTokenizer
 from hma_gym.tokenizers.files import save_tokenizer
-from hma_gym.training.feature_judge import FeatureTrainConfig, train_feature_judge
+from hma_gym.training.feature_judge import FeatureTrainConfig, token_rows, train_feature_judge
 
 N = 3
 SMALL = FeatureConfig(window=2, tokens=6, channels=3, hidden=16, width=8)
@@ -227,6 +231,16 @@ def test_it_learns_and_is_stored_with_its_report(toy_data: Path, tokenizer: Path
     other = SoftTokenizer(SoftConfig((16, 16), (8, 8, 16), (8, 8, 8), (0, 0, 0), channels=16)).eval()
     with pytest.raises(DatasetError, match="another folder"):
         train_feature_judge(_config(toy_data, save_tokenizer(other, tmp_path / "other"), tmp_path))
+
+
+def test_stills_are_read_one_by_one(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "toy.hdf5", [toy_stills(1), toy_episode(0), toy_stills(2)])
+    dataset = open_dataset(path)
+    cache = build_token_cache(dataset, lambda frames: frames.float().mean(dim=(1, 2))[:, None], progress=False)
+    rows, labelled = token_rows(dataset, cache, ("train",)), label_rows(list(dataset))
+    for name in ("success_F", "position_F3", "first_F", "last_N"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(labelled, name))
+    assert len(rows.last_N) == 21 and rows.success_F[:10].any()
 
 
 def test_data_without_success_is_refused(data_without_success: Path, tokenizer: Path, tmp_path: Path) -> None:

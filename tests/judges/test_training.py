@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judge_toy import toy_episode, write_toy
+from judge_toy import toy_episode, toy_stills, write_toy
 from toy_checkpoint import SIZE, toy_checkpoint
 
 from hma_gym.data.episodes import Episode
@@ -39,6 +39,7 @@ def _config(data: Path, out: Path, **changes: object) -> JudgeTrainConfig:
         "data": data,
         "out": out,
         "steps": 300,
+        "upper_steps": 20,
         "window": 2,
         "channels": (8, 8, 16),
         "width": 32,
@@ -60,6 +61,18 @@ def test_windows_stay_inside_their_episode(toy_data: Path) -> None:
     rows = label_rows([dataset[0], dataset[1]])
     assert rows.windows(np.array([0, 10, 11, 19]), 3).tolist() == [[0, 0, 0], [10, 10, 10], [10, 10, 11], [17, 18, 19]]
     assert rows.last_N.tolist() == [9, 19]
+
+
+def test_each_still_is_its_own_window() -> None:
+    rows = label_rows([toy_episode(0), toy_stills(1)])
+    everything = np.arange(len(rows))
+    np.testing.assert_array_equal(rows.first_F, np.r_[np.zeros(10, int), 10 + np.arange(10)])
+    np.testing.assert_array_equal(rows.last_N, 9 + np.arange(11))
+    np.testing.assert_array_equal(rows.windows(everything[10:], 4), np.repeat(everything[10:, None], 4, axis=1))
+    stills = toy_stills(1)
+    np.testing.assert_array_equal(rows.success_F[10:], stills.obs["object"][:, 2] >= 0.845)
+    np.testing.assert_array_equal(rows.frames_FHWC[10:], stills.images_THWC)
+    assert rows.success_F[10:].any() and not rows.success_F[10:].all()
 
 
 def test_batches_are_pure_and_show_the_boundary(toy_data: Path, tmp_path: Path) -> None:
@@ -155,7 +168,9 @@ def test_what_is_red_fades_and_is_then_no_success() -> None:
 
 def test_training_goes_on_from_a_judge(toy_data: Path, tmp_path: Path) -> None:
     first = train_judge(_config(toy_data, tmp_path / "first", steps=60))
-    second = train_judge(_config(toy_data, tmp_path / "second", steps=1, lr=1e-9, init=tmp_path / "first"))
+    second = train_judge(
+        _config(toy_data, tmp_path / "second", steps=1, upper_steps=0, lr=1e-9, init=tmp_path / "first")
+    )
     assert second.judge.config.position_mean == first.judge.config.position_mean
     for name, tensor in second.judge.state_dict().items():
         assert torch.allclose(tensor, first.judge.state_dict()[name], atol=1e-3)
@@ -190,7 +205,7 @@ def test_what_no_picture_shows_agent_pos_tells(tmp_path: Path) -> None:
         untold = judge.probability(picture)
         assert torch.allclose(untold[0], untold[1])
 
-    again = train_judge(_config(data, tmp_path / "again", steps=1, lr=1e-9, init=tmp_path / "told"))
+    again = train_judge(_config(data, tmp_path / "again", steps=1, upper_steps=0, lr=1e-9, init=tmp_path / "told"))
     assert again.judge.config.state_mean == result.judge.config.state_mean
     other = write_toy(tmp_path / "other.hdf5", [_blind(seed, robot=3) for seed in range(12)])
     for changes in ({"data": other}, {"data": data, "state": False}):
@@ -200,7 +215,9 @@ def test_what_no_picture_shows_agent_pos_tells(tmp_path: Path) -> None:
 
 def test_a_judge_of_frames_alone_goes_on_as_one_that_is_told(toy_data: Path, tmp_path: Path) -> None:
     alone = train_judge(_config(toy_data, tmp_path / "alone", steps=60, state=False)).judge
-    told = train_judge(_config(toy_data, tmp_path / "told", steps=1, lr=1e-9, init=tmp_path / "alone")).judge
+    told = train_judge(
+        _config(toy_data, tmp_path / "told", steps=1, upper_steps=0, lr=1e-9, init=tmp_path / "alone")
+    ).judge
     frames = torch.from_numpy(toy_episode(3).images_THWC)[None]
     poses = torch.randn(1, 10, 9)
     raw = [judge.calibrated(1.0, 0.5) for judge in (alone, told)]

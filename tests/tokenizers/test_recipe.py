@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hma_gym.data.episodes import Episode
-from hma_gym.data.robomimic_hdf5 import EpisodeWriter
+from hma_gym.data.robomimic_hdf5 import EpisodeWriter, open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.tokenizers import SoftConfig, VQConfig
 from hma_gym.tokenizers.files import load_tokenizer
@@ -58,6 +58,16 @@ def test_a_trained_tokenizer_has_its_statistics(data, soft):
     frames = torch.from_numpy(np.concatenate(read_frames(data, "train", 99, (16, 16))))
     tokens = tokenizer.encode(frames)
     torch.testing.assert_close(tokens.std((0, 1)), torch.ones(8), atol=0.05, rtol=0)
+
+
+def test_a_still_is_its_own_neighbour(data, tmp_path):
+    writer = EpisodeWriter(tmp_path / "stills.hdf5", env_args={}, info={})
+    stills = dataclasses.replace(open_dataset(data)[0], attrs={"category": "still", "still": True})
+    writer.append(stills)
+    frames = read_frames(writer.merge(), "train", 9, (16, 16))
+    assert [len(pair) for pair in frames] == [2] * 5
+    for pair, image in zip(frames, stills.images_THWC, strict=True):
+        np.testing.assert_array_equal(pair, np.stack((image, image)))
 
 
 def test_training_the_decoder_alone_keeps_the_tokens(data, soft, tmp_path):

@@ -104,6 +104,46 @@ def test_windows_are_short_then_grow_and_are_a_function_of_the_step() -> None:
         assert torch.equal(value, batches.batch(7)[name])
 
 
+def _with_stills(cache: TokenCache, count: int = 30) -> TokenCache:
+    """Its first rows once more as stills, some of them for validation."""
+    stills = dataclasses.replace(
+        cache,
+        **{
+            name: getattr(cache, name)[:count] + np.float32(1000)
+            for name in ("tokens", "actions_FA", "agent_pos_FP", "targets_FX")
+        },
+        starts_N1=np.arange(count + 1),
+        split_N=np.arange(count) % 2,
+        success_N=np.zeros(count, bool),
+        category_N=("still",) * count,
+        name_N=tuple(f"demo_0[{n}]" for n in range(count)),
+    )
+    return join_caches([stills, cache])
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_stills_are_drawn_alone_and_in_no_window(step: int) -> None:
+    plain = _handling_cache(near=slice(0, ROWS))
+    both = _with_stills(plain)
+    body = _dynamics(plain, turns=4).adapter(0).body
+    batches = BodyBatches(both, both, body, 40, 200, steps=10, seed=0)
+    assert batches.room[:15].tolist() == [0] * 15
+    assert batches.longest == BodyBatches(plain, plain, body, 40, 200, steps=10, seed=0).longest
+    batch = batches.batch(step)
+    assert (batch["agent_pos"][..., 1] < 1000).all() and (np.diff(batch["agent_pos"][..., 1], axis=1) == 1).all()
+    first = int(AT_START * 200)
+    assert (batch["poses"][:first, 1] < 1000).all() and (batch["poses"][first:, 1] >= 1000).any()
+
+
+def test_validation_is_of_episodes_that_go_on(tmp_path: Path) -> None:
+    plain = _handling_cache()
+    only_stills = dataclasses.replace(plain, split_N=np.zeros(10, int))
+    both = _with_stills(only_stills)
+    model = _dynamics(both, turns=4)
+    (result,) = train_bodies(model, [both], tmp_path, 2, windows=4, frames=8)
+    assert result.finished
+
+
 @pytest.mark.parametrize(("stride", "step"), [(1, 0), (3, 0), (1, 6)])
 def test_windows_of_the_object_are_those_of_the_hand(stride: int, step: int) -> None:
     cache = _handling_cache()

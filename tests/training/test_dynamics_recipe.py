@@ -165,6 +165,24 @@ def test_files_of_one_name_are_one_domain(material: Path, tmp_path: Path) -> Non
     assert checkpoint.provenance["episodes"] == [24, 12]
 
 
+def test_stills_of_a_domain_are_no_motion_and_no_starts(material: Path, tmp_path: Path) -> None:
+    """Also where they come first."""
+    stills = EpisodeWriter(tmp_path / "stills.hdf5", env_args=open_dataset(material / "small.hdf5").env_args, info={})
+    for index in range(12):
+        shown = dataclasses.replace(_episode(index, 2, 2), images_THWC=np.zeros((ROWS, SIZE, SIZE, 3), np.uint8))
+        stills.write(index, dataclasses.replace(shown, attrs={"category": "still", "still": True}))
+    files = (stills.merge(), material / "small.hdf5")
+    options = _options(material, tmp_path / "run", data=files, names=("small", "small"))
+    assert train_dynamics(options).finished
+    cache = load_token_cache(tmp_path / "run" / "small.tokens.h5")
+    assert len(cache) == 12 * ROWS and cache.name_N[ROWS] == "demo_1[0]"
+    assert len(load_token_cache(tmp_path / "run" / "small-2.tokens.h5")) == 12
+    found = load_checkpoint(tmp_path / "run" / "checkpoint")
+    alone = open_dataset(material / "small.hdf5")
+    assert np.array_equal(found.starts.frames_NHWC[0], alone[11].images_THWC[0])
+    train_dynamics(options)  # finds the caches
+
+
 def test_the_head_and_the_judge_of_tokens_are_chosen(material: Path, tmp_path: Path) -> None:
     tokens = load_tokenizer(material / "soft").grid
     shape = FeatureConfig(window=2, tokens=tokens[0] * tokens[1], channels=4, hidden=8, width=4)

@@ -34,7 +34,8 @@ LONGEST = 60
 #: Transitions of a window in the first stage, how many times as many windows it has, and its share of the steps.
 SHORT, MANY, SHORT_SHARE = 3, 8, 0.6
 
-#: Share of the single frames that are the first of their episode: a rollout begins with what is read off such a one.
+#: Share of the single frames that are the first of an episode that goes on: a rollout begins with what is read off such
+#: a one.
 AT_START = 0.15
 
 #: Quantile of the object's height in the training data at which it lies.
@@ -88,7 +89,7 @@ class BodyBatches:
                 "record longer episodes."
             )
         self.frames_F = cache.frames(split)
-        self.first_frames = cache.starts_N1[cache.episodes(split)]
+        self.first_frames = cache.starts_N1[cache.moving(split)]
         self.busy_K2 = self._busy(episodes) if body.target_dim else np.zeros((0, 2), np.int64)
         self.longest = int(min(LONGEST, np.quantile(self.room[self.room > 0], 0.2)))
 
@@ -201,7 +202,7 @@ def train_bodies(
     *,
     motions: list[TokenCache] | None = None,
     windows: int = 64,
-    frames: int = 384,
+    frames: int = 640,
     max_minutes: float | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -249,7 +250,7 @@ def train_bodies(
             recipe={"body": dataclasses.asdict(body.config), "windows": windows, "frames": frames},
         )
         batches = BodyBatches(moved, cache, body, windows, frames, steps, seed)
-        split = "valid" if len(cache.episodes("valid")) and len(moved.episodes("valid")) else "train"
+        split = "valid" if len(cache.moving("valid")) and len(moved.moving("valid")) else "train"
         held_out = BodyBatches(moved, cache, body, 4 * windows, 4 * frames, steps, seed + 1, split)
         result = train(body, batches, config, evaluate=BodyValidation(held_out))
         body.load_state_dict({**body.state_dict(), **result.ema.state_dict(body)})

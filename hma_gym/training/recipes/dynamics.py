@@ -25,7 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hma_gym.data.cache import TokenCache, build_token_cache, join_caches, load_token_cache, targets_of
+from hma_gym.data.cache import (
+    TokenCache,
+    build_token_cache,
+    episode_names,
+    join_caches,
+    load_token_cache,
+    targets_of,
+)
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
@@ -310,7 +317,7 @@ class OpenLoopValidation:
     def _episodes(self, index: int) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
         """Tokens (B, T + 1, S...), action chunks (B, T, A), agent_pos and targets (B, T + 1, ...) of one domain."""
         cache, domain = self.caches[index], self.domains[index]
-        split, stride = "valid" if len(cache.episodes("valid")) else "train", domain.stride
+        split, stride = "valid" if len(cache.moving("valid")) else "train", domain.stride
         room = np.diff(cache.starts_N1)
         chosen = [n for n in cache.episodes(split) if room[n] > stride][: self.episodes]
         if not chosen:
@@ -375,7 +382,7 @@ def cached_tokens(dataset: Dataset, tokenizer: Tokenizer, path: Path, domain: st
             f"token cache {str(path)!r} was made with another tokenizer ({previous.tokenizer}, this one is {digest}); "
             "delete it, or choose another out folder."
         )
-    names = tuple(demo.name for demo in dataset.demos)
+    names = episode_names(dataset)
     if previous is not None:
         had, takes = previous.targets_FX.shape[1], targets_of(dataset.without_images(0)).shape[1]
         if had != takes:
@@ -503,12 +510,12 @@ def read_initial(source: Path) -> Initial:
 def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
     """First frames of test episodes, ``count`` of each domain (one dataset a domain, in the model's order).
 
-    A dataset without test episodes gives its first ones.
+    A dataset without test episodes gives its first ones. Stills are no starts.
     """
     frames, agent_pos, states, seeds, domains = [], [], [], [], []
     for index, dataset in enumerate(datasets):
-        chosen = dataset.split("test") if dataset.masks.get("test") else list(range(len(dataset)))
-        for n in chosen[:count]:
+        held_out = dataset.moving(dataset.split("test")) if dataset.masks.get("test") else []
+        for n in (held_out or dataset.moving())[:count]:
             episode = dataset[n]
             frames.append(episode.images_THWC[0])
             agent_pos.append(episode.agent_pos_TP[0])
@@ -577,7 +584,8 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     lead_in = options.rollout_max if options.rollout_share > 0 else 0
     margin = max(lead_in, options.frames // 2)  # starts, where each rollout begins, and ends, which show the outcome
     clips = ClipConfig(options.batch_size, options.frames + lead_in, options.seed, margin=margin)
-    shares = mixture_probabilities({name: len(cache.tokens) for name, cache in zip(names, caches, strict=True)})
+    moving = [int(rows[rows > 1].sum()) for rows in (np.diff(cache.starts_N1) for cache in caches)]
+    shares = mixture_probabilities(dict(zip(names, moving, strict=True)))
     batches = ClipBatches(caches, domains, clips, mixture=list(shares.values()))
     success = (2, LIFT_HEIGHT) if options.task == "lift" else None
     long_enough = all(
@@ -601,12 +609,14 @@ def _domain(
     options: DynamicsOptions, name: str, found: Gathered, image_size: tuple[int, int], initial: Initial | None
 ) -> Domain:
     """The domain of this name, measured on the data; or that of ``init``, where it has one of the same shape."""
+    env_args = found.datasets[0].env_args
     made = found.cache.make_domain(
         name,
         stride=options.stride,
         object_turns=options.object_turns if options.body_steps or options.init is not None else 0,
         image_size=image_size,
-        control_hz=float(found.datasets[0].env_args.get("env_kwargs", {}).get("control_freq", 20)),
+        control_hz=float(env_args.get("env_kwargs", {}).get("control_freq", 20)),
+        camera_projection=env_args.get("camera_projection", ()),
     )
     had = None if initial is None else initial.domains.get(name)
     shape = operator.attrgetter("action_dim", "state_dim", "target_dim", "object_turns", "stride", "image_size")
@@ -621,7 +631,7 @@ def write_checkpoint(
     scores: dict[str, Any],
 ) -> Path:
     """The folder that ``gymnasium.make("HMA-v0", checkpoint=...)`` takes; ``datasets`` are the files of each domain."""
-    sources = [files[0] for files in datasets]
+    sources = [next((file for file in files if file.moving()), files[0]) for files in datasets]
     if options.starts_data is not None:
         sources[0] = open_dataset(options.starts_data)
         sources[0].masks = {}  # recorded for evaluation only: every episode is held out

@@ -157,8 +157,8 @@ def read_demonstrations(
     Raises:
         DatasetError: too few demonstrations, or no object in them where one is asked for.
     """
-    valid = list(dataset.split("valid"))
-    learned_from = [position for position in range(len(dataset)) if position not in set(valid)]
+    valid = dataset.moving(dataset.split("valid"))
+    learned_from = [position for position in dataset.moving() if position not in set(valid)]
     if len(learned_from) < (count or 1) or not valid:
         raise DatasetError(
             f"{str(dataset.path)!r} has {len(learned_from)} demonstrations to learn from and {len(valid)} for "

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hma_gym.data.episodes import apart
 from hma_gym.data.robomimic_hdf5 import open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.nn.parameters import ParameterGroup
@@ -228,7 +229,8 @@ class FrameBatches:
 
 
 def read_frames(path: Path, split: str, episodes: int, image_size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """Images (T, H, W, 3) of at most so many episodes of a split, spread evenly over it.
+    """Images (T, H, W, 3) of at most so many episodes of a split, spread evenly over it; stills come one by one, each
+    with itself for a neighbour.
 
     Raises DatasetError where the split is empty or the images have another size.
     """
@@ -237,7 +239,9 @@ def read_frames(path: Path, split: str, episodes: int, image_size: tuple[int, in
     if not positions:
         raise DatasetError(f"dataset {path} has no episode in its {split!r} split; record more or mark some for it")
     chosen = [positions[i] for i in np.linspace(0, len(positions) - 1, min(episodes, len(positions))).astype(int)]
-    images = [dataset[position].images_THWC for position in chosen]
+    images = []
+    for part in apart(dataset[position] for position in chosen):
+        images.append(np.repeat(part.images_THWC, 2, axis=0) if part.still else part.images_THWC)
     if images[0].shape[1:3] != tuple(image_size):
         raise DatasetError(
             f"dataset {path} has images of {images[0].shape[1:3]} where the tokenizer's image_size is {image_size}; "
