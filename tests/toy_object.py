@@ -34,8 +34,8 @@ def columns(angle: Tensor) -> Tensor:
 
 
 def drawn(hand: Tensor, thing: Tensor) -> Tensor:
-    """Tokens (..., 4, 3) that show where the hand is, and of the thing the more the nearer they lie to it: where that is,
-    and its yaw up to a quarter of a turn."""
+    """Tokens (..., 4, 3) that show where the hand is, and near the thing its place and its yaw (up to a quarter of a
+    turn)."""
     yaw = 4.0 * torch.atan2(thing[..., 4], thing[..., 3])
     told = torch.cat((10.0 * thing[..., :3], yaw.cos()[..., None], yaw.sin()[..., None]), dim=-1)
     generator = torch.Generator().manual_seed(0)
