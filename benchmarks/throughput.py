@@ -35,7 +35,7 @@ from hma_gym.dynamics.compiled import with_compilation
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
-from hma_gym.dynamics.steppers import CudaGraphs
+from hma_gym.dynamics.steppers import CudaGraphs, Sketch
 from hma_gym.envs.tasks import Task, get_task
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
@@ -46,7 +46,9 @@ from hma_gym.metrics.statistics import Interval
 from hma_gym.nn.precision import Precision
 
 Renderer = Literal["ours", "plain"]
-Way = Literal["eager", "packed", "compiled", "graphs"]
+Way = Literal["eager", "packed", "compiled", "graphs", "sketch"]
+
+_STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {"graphs": CudaGraphs, "sketch": Sketch}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ThroughputConfig:
         chunk: steps of a chunk.
         precisions: of the learned world's matrix products.
         ways: how its steps run; ``packed`` has the weights rearranged for the CPU, ``compiled`` compiles for each
-            number of environments first, ``graphs`` needs a GPU.
+            number of environments first, ``graphs`` needs a GPU; ``sketch`` steps by the body alone.
         judge: ``classifier`` or ``feature``, the checkpoint's own; None takes the classifier where there is one.
         repeats, warmup: timed calls of each, and calls before.
         growth_repeats: the same of the single model steps whose costs are compared.
@@ -164,7 +166,7 @@ def _world(config: ThroughputConfig, precision: Precision, way: Way, count: int)
         checkpoint = with_packed_weights(checkpoint, count)
     elif way == "compiled":
         checkpoint = with_compilation(checkpoint)
-    return LearnedWorld(checkpoint, judge=config.judge, stepper=CudaGraphs if way == "graphs" else None)
+    return LearnedWorld(checkpoint, judge=config.judge, stepper=_STEPPERS.get(way))
 
 
 def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:

@@ -154,6 +154,7 @@ class Look(nn.Module):
         rows, columns = grid
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         self.register_buffer("places", torch.stack((x, y), dim=-1).flatten(0, 1), persistent=False)
+        self.grid = grid
         self.camera = Camera(projection, grid) if projection else None
         self.robot_anchors = Anchors(state_dim, ROBOT_ANCHORS, 96)
         count = ROBOT_ANCHORS
@@ -199,19 +200,32 @@ class Look(nn.Module):
         share = torch.exp(-away.square().sum(dim=-1, keepdim=True) / self.reach.square())
         return ((share - FAINT) / (1.0 - FAINT)).clamp(min=0.0)
 
+    def beside(self, layer: nn.Linear, anchors: Tensor) -> Tensor:
+        """What a layer makes of where all tokens lie beside anchors (..., K, 2), as waves: (..., S, D).
+
+        The numbers of x are alike in all tokens of a column, those of y in all of a row, so each is worked out once.
+        """
+        rows, columns = self.grid
+        weight_DWK2 = layer.weight.unflatten(1, (1 + 2 * OCTAVES, -1, 2))
+        parts = []
+        for axis, count in ((0, columns), (1, rows)):
+            line = torch.linspace(-1, 1, count, dtype=anchors.dtype, device=anchors.device)
+            away = waves(line[:, None] - anchors[..., None, :, axis], OCTAVES)
+            parts.append(F.linear(away.to(layer.weight.dtype), weight_DWK2[..., axis].flatten(1)).to(anchors.dtype))
+        x, y = parts
+        return (x[..., None, :, :] + y[..., :, None, :]).flatten(-3, -2) + layer.bias.to(anchors.dtype)
+
     def forward(self, things: Things, tokens: Tensor | slice = slice(None)) -> Tensor:
         """(..., T, C) of some tokens, indices (T,), or of all."""
-        places = self.get_buffer("places")[tokens]
         condition = self.condition(things.robot)
-        x = self.near(_away(places, self.anchors_of_robot(things))) + self.token[tokens]
+        x = self.beside(self.near, self.anchors_of_robot(things))[..., tokens, :] + self.token[tokens]
         x = x + self.first(condition)[..., None, :]
         thing, nearness = None, x.new_zeros(())
         if self.object_anchors is not None:
             thing = self.thing_condition(torch.cat((things.robot, things.thing), dim=-1))
             nearness = self.nearness(things, tokens)
-            told = (
-                self.thing_near(_away(places, self.anchors_of_object(things))) + self.thing_first(thing)[..., None, :]
-            )
+            told = self.beside(self.thing_near, self.anchors_of_object(things))[..., tokens, :]
+            told = told + self.thing_first(thing)[..., None, :]
             x = x + nearness * told
         for layer in self.layers:
             x = layer(x, condition, thing, nearness)
@@ -221,8 +235,3 @@ class Look(nn.Module):
 
 def _condition(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-
-
-def _away(places: Tensor, anchors: Tensor) -> Tensor:
-    """Where places (T, 2) lie beside anchors (..., K, 2), as waves: (..., T, 2 K (1 + 2 octaves))."""
-    return waves((places[:, None, :] - anchors[..., None, :, :]).flatten(-2), OCTAVES)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hma_gym.dynamics.look import FAINT, Camera, Look, Things
+from hma_gym.dynamics.look import FAINT, OCTAVES, Camera, Look, Things
 from hma_gym.nn.parameters import default_parameter_groups
+from hma_gym.nn.waves import waves
 from hma_gym.training import Optimizer, OptimizerConfig
 
 GRID = (6, 6)
@@ -57,6 +58,14 @@ def test_untrained_it_draws_the_mean_and_any_leading_dims_and_tokens_are_alike(p
     torch.testing.assert_close(look(one), flat[2:3])
     chosen = torch.tensor([35, 0, 7])
     torch.testing.assert_close(look(things, chosen), flat[:, chosen])
+
+
+def test_where_tokens_lie_is_worked_out_by_rows_and_columns() -> None:
+    torch.manual_seed(0)
+    look = Look((3, 5), 1, 5, 3, 7, width=8, layers=1, condition=16)
+    anchors, layer = torch.randn(2, 3, 4, 2), torch.nn.Linear(2 * 4 * (1 + 2 * OCTAVES), 8)
+    away = look.get_buffer("places")[:, None, :] - anchors[..., None, :, :]
+    torch.testing.assert_close(look.beside(layer, anchors), layer(waves(away.flatten(-2), OCTAVES)))
 
 
 def test_without_an_object_there_is_nothing_of_it() -> None:
