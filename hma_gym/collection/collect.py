@@ -128,7 +128,7 @@ class CollectConfig:
                 "without images, record the scripts."
             )
         shares = [part.weight for part in self._besides()]
-        extra = float(np.sum(shares))
+        extra = sum(shares)
         if not min(shares) >= 0.0 or not extra <= 1.0 or (extra and self.policies):
             raise InvalidArgument(
                 "roam, random and clumsy must be shares of at most 1 together, and are for scripts only, got "

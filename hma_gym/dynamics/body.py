@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +35,7 @@ from hma_gym.dynamics.coast import OBJECT_STEP, PLACE, ManipulationCoast, RobotC
 from hma_gym.dynamics.look import Look, Things
 from hma_gym.dynamics.pose import Pose, first_pose
 from hma_gym.nn.parameters import ParameterGroup, silence
+from hma_gym.nn.precision import full_precision
 from hma_gym.nn.rotations import columns_of_matrix
 from hma_gym.nn.waves import waves
 
@@ -150,7 +150,7 @@ class Body(nn.Module):
         """
         if not self.target_dim:
             return targets
-        with _full_precision(agent_pos.device):
+        with full_precision(agent_pos.device):
             _, place, thing = in_the_hand(agent_pos, targets)
         where = torch.cat((self._standard_place(targets), (place / IN_HAND).clamp(-4.0, 4.0)), dim=-1)
         where, turned = waves(where, self.config.octaves), columns_of_matrix(thing)
@@ -170,7 +170,7 @@ class Body(nn.Module):
         """
         if self.coast is None:
             return pose.agent_pos, pose.targets
-        with _full_precision(pose.agent_pos.device):
+        with full_precision(pose.agent_pos.device):
             agent_pos, targets = self.coast(pose, action, given, self.within)
             return agent_pos, targets
 
@@ -194,9 +194,13 @@ class Body(nn.Module):
         None if discrete."""
         if self.look is None:
             return None
-        mean = self.get_buffer("token_mean")
-        standard: Tensor = self.look(self._things(agent_pos, targets))
-        return mean + standard.float() * self.get_buffer("token_std")
+        return self._restored(self.look(self._things(agent_pos, targets)))
+
+    def _restored(self, standard: Tensor, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Some standardised tokens (..., T, C), or all, as they are."""
+        mean, std = (self.get_buffer(name)[tokens] for name in ("token_mean", "token_std"))
+        restored: Tensor = mean + standard.float() * std
+        return restored
 
     def _things(self, agent_pos: Tensor, targets: Tensor) -> Things:
         return Things(
@@ -341,15 +345,15 @@ class Body(nn.Module):
         little is to be gained by reaching less far."""
         std_SC = self.get_buffer("token_std")
         often_S = std_SC.mean(dim=-1) + EVENLY * std_SC.mean()
-        count = min(len(often_S), DRAWN_AT_ONCE)
-        chosen = torch.multinomial(often_S, count, generator=generator)
+        chosen = torch.multinomial(often_S, min(len(often_S), DRAWN_AT_ONCE), generator=generator)
         things = self._things(agent_pos, places)
-        wanted = (tokens[:, chosen] - self.get_buffer("token_mean")[chosen]) / std_SC[chosen]
-        wrong = _pseudo_huber((look(things, chosen).float() - wanted) * std_SC[chosen] / std_SC.mean()).mean(dim=-1)
+        drawn = self._restored(look(things, chosen), chosen)
+        wrong = _pseudo_huber((drawn - tokens[:, chosen]) / std_SC.mean()).mean(dim=-1)
+        wrong = wrong * often_S.mean() / often_S[chosen]
         if look.object_anchors is None:
-            return (wrong * often_S.mean() / often_S[chosen]).mean()
+            return wrong.mean()
         weight = 1.0 + OBJECT_WEIGHT * look.nearness(things, chosen).detach()[..., 0].float()
-        return (weight * wrong * often_S.mean() / often_S[chosen]).mean() + REACH_COST * look.reach.abs().log()
+        return (weight * wrong).mean() + REACH_COST * look.reach.abs().log()
 
     def _sight_loss(self, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """Half of the frames with a belief that is wrong by up to some centimetres, half without."""
@@ -395,12 +399,6 @@ def _residual(inputs: int, width: int, layers: int, outputs: int) -> nn.Sequenti
     return nn.Sequential(
         nn.Linear(inputs, width), *(ResidualLayer(width) for _ in range(layers)), nn.LayerNorm(width), last
     )
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside, on devices that know it."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _pseudo_huber(error: Tensor, width: float = 0.1) -> Tensor:

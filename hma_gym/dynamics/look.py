@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.nn.parameters import silence
+from hma_gym.nn.precision import full_precision
 from hma_gym.nn.rotations import matrix_of_quaternion
 from hma_gym.nn.waves import waves
 
@@ -100,7 +101,7 @@ class Camera(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         matrix_34 = self.get_buffer("matrix_34")
-        with torch.autocast(points.device.type, enabled=False):
+        with full_precision(points.device):
             seen = points.float() @ matrix_34[:, :3].T + matrix_34[:, 3]
             return (seen[..., :2] / seen[..., 2:].clamp(min=1e-3)).clamp(-OUTSIDE, OUTSIDE)
 
@@ -196,7 +197,10 @@ class Look(nn.Module):
 
     def nearness(self, things: Things, tokens: Tensor | slice = slice(None)) -> Tensor:
         """How much each token knows of the object, (..., T, 1) from 0 to 1."""
-        away = self.get_buffer("places")[tokens] - self.anchors_of_object(things)[..., :1, :]
+        return self._nearness(self.anchors_of_object(things), tokens)
+
+    def _nearness(self, anchors: Tensor, tokens: Tensor | slice) -> Tensor:
+        away = self.get_buffer("places")[tokens] - anchors[..., :1, :]
         share = torch.exp(-away.square().sum(dim=-1, keepdim=True) / self.reach.square())
         return ((share - FAINT) / (1.0 - FAINT)).clamp(min=0.0)
 
@@ -205,11 +209,10 @@ class Look(nn.Module):
 
         The numbers of x are alike in all tokens of a column, those of y in all of a row, so each is worked out once.
         """
-        rows, columns = self.grid
         weight_DWK2 = layer.weight.unflatten(1, (1 + 2 * OCTAVES, -1, 2))
+        places = self.get_buffer("places").unflatten(0, self.grid)
         parts = []
-        for axis, count in ((0, columns), (1, rows)):
-            line = torch.linspace(-1, 1, count, dtype=anchors.dtype, device=anchors.device)
+        for axis, line in enumerate((places[0, :, 0], places[:, 0, 1])):
             away = waves(line[:, None] - anchors[..., None, :, axis], OCTAVES)
             parts.append(F.linear(away.to(layer.weight.dtype), weight_DWK2[..., axis].flatten(1)).to(anchors.dtype))
         x, y = parts
@@ -223,8 +226,9 @@ class Look(nn.Module):
         thing, nearness = None, x.new_zeros(())
         if self.object_anchors is not None:
             thing = self.thing_condition(torch.cat((things.robot, things.thing), dim=-1))
-            nearness = self.nearness(things, tokens)
-            told = self.beside(self.thing_near, self.anchors_of_object(things))[..., tokens, :]
+            anchors = self.anchors_of_object(things)
+            nearness = self._nearness(anchors, tokens)
+            told = self.beside(self.thing_near, anchors)[..., tokens, :]
             told = told + self.thing_first(thing)[..., None, :]
             x = x + nearness * told
         for layer in self.layers:

@@ -337,15 +337,16 @@ def measure_fidelity(
     targets_error_B = np.linalg.norm(
         generated.targets_BTX[:, steps - 1, :3].numpy() - held_out.object_BT3[:, steps], axis=-1
     )
-    felt_BTP, foretold_BTP = _agent_pos(held_out, generated)
-    cube = _cube_errors(judge, frames_BTHWC, generated, held_out, settings) if isinstance(judge, Locator) else None
+    cube: _CubeErrors | None = None
     seen_B = probability_B = outcomes = outcomes_of_truth = None
     true_B = held_out.success_BT[:, -1]
     if judge is not None:
-        whole = torch.cat([frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1)
-        probability_B, seen_B = _last_verdict(judge, whole, foretold_BTP)
+        real, made = _watched(held_out, generated)
+        if isinstance(judge, Locator):
+            cube = _cube_errors(judge, real, made, held_out, settings)
+        probability_B, seen_B = _last_verdict(judge, made)
         outcomes = compare_outcomes(true_B, seen_B, held_out.categories, settings.seed)
-        _, seen_in_truth_B = _last_verdict(judge, frames_BTHWC, felt_BTP)
+        _, seen_in_truth_B = _last_verdict(judge, real)
         outcomes_of_truth = compare_outcomes(true_B, seen_in_truth_B, held_out.categories, settings.seed)
     report = FidelityReport(
         episodes=len(held_out),
@@ -408,6 +409,14 @@ def measure_perplexity(checkpoint: Checkpoint, held_out: HeldOut, settings: Fide
 
 
 @dataclass(frozen=True)
+class _Watched:
+    """What a judge is shown and told of whole episodes."""
+
+    frames_BTHWC: Tensor
+    agent_pos_BTP: Tensor
+
+
+@dataclass(frozen=True)
 class _CubeErrors:
     generated: Interval
     real: Interval
@@ -415,32 +424,33 @@ class _CubeErrors:
 
 
 def _cube_errors(
-    judge: Locator, frames_BTHWC: Tensor, generated: Generated, held_out: HeldOut, settings: FidelitySettings
+    judge: Locator, real: _Watched, made: _Watched, held_out: HeldOut, settings: FidelitySettings
 ) -> _CubeErrors:
     """The judge's reading of the object's position against the truth, on generated and on real frames."""
     rows = torch.arange(1, settings.steps + 1)
     truth_BT3 = held_out.object_BT3[:, 1 : settings.steps + 1]
-    whole = torch.cat([frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1)
-    felt_BTP, foretold_BTP = _agent_pos(held_out, generated)
-    seen_BT3 = episode_positions(judge, whole, rows, agent_pos_BTP=foretold_BTP).cpu().numpy()
+    seen_BT3 = episode_positions(judge, made.frames_BTHWC, rows, agent_pos_BTP=made.agent_pos_BTP).cpu().numpy()
     error_BT = np.linalg.norm(seen_BT3 - truth_BT3, axis=-1)
-    in_truth_B13 = episode_positions(judge, frames_BTHWC, rows[-1:], agent_pos_BTP=felt_BTP).cpu().numpy()
-    real_BT = np.linalg.norm(in_truth_B13 - truth_BT3[:, -1:], axis=-1)
+    last_B13 = episode_positions(judge, real.frames_BTHWC, rows[-1:], agent_pos_BTP=real.agent_pos_BTP).cpu().numpy()
+    real_BT = np.linalg.norm(last_B13 - truth_BT3[:, -1:], axis=-1)
     return _CubeErrors(
         _mean_interval(error_BT[:, -1], settings.seed), _mean_interval(real_BT[:, 0], settings.seed), _curve(error_BT)
     )
 
 
-def _agent_pos(held_out: HeldOut, generated: Generated) -> tuple[Tensor, Tensor]:
-    """agent_pos beside the real frames, and beside the generated ones, of which the first is real: (B, T + 1, P)."""
-    real_BTP = torch.from_numpy(held_out.agent_pos_BTP)
-    return real_BTP, torch.cat([real_BTP[:, :1], generated.agent_pos_BTP], dim=1)
+def _watched(held_out: HeldOut, generated: Generated) -> tuple[_Watched, _Watched]:
+    """The real episodes, and the generated ones, whose first row is real."""
+    real = _Watched(torch.from_numpy(held_out.frames_BTHWC), torch.from_numpy(held_out.agent_pos_BTP))
+    made = (
+        torch.cat([real.frames_BTHWC[:, :1], generated.frames_BTHWC], dim=1),
+        torch.cat([real.agent_pos_BTP[:, :1], generated.agent_pos_BTP], dim=1),
+    )
+    return real, _Watched(*made)
 
 
-def _last_verdict(
-    judge: Judge, frames_BTHWC: Tensor, agent_pos_BTP: Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _last_verdict(judge: Judge, watched: _Watched) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The judge's probability and verdict at the last row of each episode."""
+    frames_BTHWC, agent_pos_BTP = watched.frames_BTHWC, watched.agent_pos_BTP
     last = torch.tensor([frames_BTHWC.shape[1] - 1])
     probability = episode_probabilities(judge, frames_BTHWC, last, agent_pos_BTP=agent_pos_BTP)[:, 0].cpu()
     return probability.double().numpy(), verdict(judge, probability).numpy()

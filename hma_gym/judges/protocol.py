@@ -177,13 +177,14 @@ def told_state(judge: object) -> int:
     return judge.state_dim if isinstance(judge, ProprioceptiveJudge) else 0
 
 
-def check_agent_pos(judge: ProprioceptiveJudge, agent_pos: Tensor | None, frames: Tensor) -> None:
+def check_agent_pos(judge: Judge, agent_pos: Tensor | None, frames: Tensor) -> None:
     """Raise :class:`InvalidArgument` unless agent_pos (..., P) is the judge's, of frames (..., H, W, C), or None."""
     if agent_pos is None:
         return
-    expected = (*frames.shape[:-3], judge.state_dim)
-    if not judge.state_dim or not agent_pos.is_floating_point() or tuple(agent_pos.shape) != expected:
-        rule = f"floating agent_pos of shape {expected}" if judge.state_dim else "frames alone"
+    told = told_state(judge)
+    expected = (*frames.shape[:-3], told)
+    if not told or not agent_pos.is_floating_point() or tuple(agent_pos.shape) != expected:
+        rule = f"floating agent_pos of shape {expected}" if told else "frames alone"
         raise InvalidArgument(
             f"judge {judge.name!r} needs {rule}, got {agent_pos.dtype} agent_pos of shape {tuple(agent_pos.shape)}; "
             "give that of the same frames in its own units, or None."
@@ -260,7 +261,7 @@ def _over_episodes(
             "count rows from the episode's start."
         )
     given: tuple[Tensor, ...] = (frames_BTHWC,)
-    if isinstance(judge, ProprioceptiveJudge) and judge.state_dim and agent_pos_BTP is not None:
+    if told_state(judge) and agent_pos_BTP is not None:
         check_agent_pos(judge, agent_pos_BTP, frames_BTHWC)
         given = (frames_BTHWC, agent_pos_BTP.to(frames_BTHWC.device))
     per_call = max(1, batch // len(rows))

@@ -24,11 +24,13 @@ def success_by_row(episode: Episode) -> NDArray[np.bool_]:
     ``rewards_T[t]`` speaks of the state after ``actions_TA[t]``, so it labels row t + 1; nothing is done at row 0, but
     of stills.
     """
-    return (success_of_stills if episode.still else success_after)(episode.rewards_T)
+    return success_after(episode.rewards_T, episode.still)
 
 
-def success_after(rewards_T: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """:func:`success_by_row` from an episode's rewards alone."""
+def success_after(rewards_T: NDArray[np.float32], still: bool = False) -> NDArray[np.bool_]:
+    """:func:`success_by_row` from an episode's rewards alone; ``still`` where its rows are stills."""
+    if still:
+        return success_of_stills(rewards_T)
     success = np.zeros(len(rewards_T), dtype=np.bool_)
     success[1:] = rewards_T[:-1] > 0
     return success
@@ -74,6 +76,13 @@ class RowLabels:
         if height is not None:
             near_F = np.abs(np.nan_to_num(self.position_F3[:, 2], nan=np.inf) - height) < reach
         return np.flatnonzero(near_F if near_F.any() else self.success_F)
+
+    def draw(self, near: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """So many rows: half of them of those near (:meth:`near`), if there are any, and half of all."""
+        chosen_B = generator.integers(0, len(self), count)
+        if len(near):
+            chosen_B[: count // 2] = generator.choice(near, count // 2)
+        return chosen_B
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ itself: a rollout in bfloat16 is another rollout than one in float32.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +20,12 @@ from hma_gym.errors import InvalidArgument
 Precision = Literal["float32", "bfloat16"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside, on devices that know it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class LowLinear(nn.Linear):

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hma_gym.data.cache import TokenCache, build_token_cache, demo_of, load_token_cache
-from hma_gym.data.episodes import success_of_stills
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.errors import DatasetError, InvalidArgument
 from hma_gym.judges.augment import fade_red
@@ -256,10 +255,7 @@ def token_rows(dataset: Dataset, cache: TokenCache, splits: Sequence[str]) -> To
         )
     flat = dataset.flat([places[name] for name in demos])
     rewards = zip(demos, np.split(flat.rewards_F, flat.starts_N1[1:-1]), strict=True)
-    success = [
-        (success_of_stills if dataset.demos[places[name]].still else success_after)(rewards_T)
-        for name, rewards_T in rewards
-    ]
+    success = [success_after(rewards_T, dataset.demos[places[name]].still) for name, rewards_T in rewards]
     parts = [cache.rows(int(n)) for n in chosen]
     targets_F3 = np.concatenate([cache.targets_FX[part, :3] for part in parts])
     if targets_F3.shape[1] < 3:

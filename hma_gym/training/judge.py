@@ -46,7 +46,6 @@ from hma_gym.judges.rows import LabelledRows, RowLabels, label_rows
 from hma_gym.judges.trained import JudgeT, TrainedJudge
 from hma_gym.metrics.calibration import BinaryReport, binary_report
 from hma_gym.metrics.video import background_image
-from hma_gym.nn.parameters import load_fitting
 from hma_gym.tokenizers.files import load_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import (
@@ -264,10 +263,8 @@ class JudgeBatches:
     def batch(self, step: int) -> Mapping[str, Tensor]:
         """``frames_BKHWC`` uint8, ``agent_pos_BKP`` float32, ``success_B`` bool, ``position_B3`` float32 (m)."""
         generator = np.random.default_rng((self.config.seed, step))
-        size, total = self.config.batch_size, len(self.rows.success_F)
-        chosen_B = generator.integers(0, total, size)
-        if len(self.near_rows):
-            chosen_B[: size // 2] = generator.choice(self.near_rows, size // 2)
+        size = self.config.batch_size
+        chosen_B = self.rows.draw(self.near_rows, size, generator)
         index_BK = self.rows.windows(chosen_B, self.config.window)
         frames_BKHWC = self.rows.frames_FHWC[index_BK]
         if self.roundtrip_FHWC is not None:
@@ -516,8 +513,7 @@ def _fresh_judge(config: JudgeTrainConfig, rows: LabelledRows) -> ClassifierJudg
     judge, state = load_judge(config.init).calibrated(1.0, 0.5), _state(config, rows)
     if judge.state_dim == 0 and state["state_dim"]:
         frames_alone, judge = judge.state_dict(), ClassifierJudge(dataclasses.replace(judge.config, **state))
-        wrong = load_fitting(judge, {**judge.state_dict(), **frames_alone})
-        assert not wrong
+        judge.load_state_dict({**judge.state_dict(), **frames_alone})
     if judge.state_dim != state["state_dim"]:
         raise InvalidArgument(
             f"init must be a judge of frames alone, or one that is told {state['state_dim']} dims of agent_pos as here "

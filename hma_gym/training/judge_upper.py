@@ -71,9 +71,7 @@ class CodeBatches:
         generator = np.random.default_rng((self.seed, step))
         columns: dict[str, list[NDArray[np.generic]]] = {}
         for part, near, count in zip(self.parts, self.near, generator.multinomial(BATCH, self.share), strict=True):
-            chosen_B = generator.integers(0, len(part.rows), count)
-            if len(near):
-                chosen_B[: count // 2] = generator.choice(near, count // 2)
+            chosen_B = part.rows.draw(near, count, generator)
             index_BK = part.rows.windows(chosen_B, self.window)
             found: dict[str, NDArray[np.generic]] = {
                 "codes_BKD": part.codes_FD[index_BK].astype(np.float32),
@@ -147,8 +145,4 @@ def train_upper(
         recipe={"upper_steps": steps},
     )
     result = train(model, CodeBatches(parts, judge.window, decision_height, seed), config)
-    judge.load_state_dict({**judge.state_dict(), **_of_judge(result.ema.state_dict(model))})
-
-
-def _of_judge(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("judge."): value for key, value in weights.items() if key.startswith("judge.")}
+    model.load_state_dict(result.ema.state_dict(model))
