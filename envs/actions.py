@@ -13,6 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hma_gym.envs.outputs import on_device
 from hma_gym.errors import InvalidAction
 
 
@@ -49,7 +50,7 @@ def read_actions(actions: Any, leading: tuple[int | None, ...], box: spaces.Box,
     if isinstance(actions, Tensor):
         if not bool(torch.isfinite(actions).all()):
             raise _not_finite(actions.detach().double().cpu().numpy())
-        low, high = (torch.from_numpy(bound).to(actions.device) for bound in (box.low, box.high))
+        low, high = (on_device(bound, actions.device) for bound in (box.low, box.high))
         # The bounds are float32, and what exceeds that in a double is clipped before it is converted.
         return torch.clamp(actions.detach(), low, high).to(device, torch.float32)
     if not np.isfinite(actions).all():

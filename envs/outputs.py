@@ -22,6 +22,16 @@ Mask = NDArray[np.bool_]
 Observations = Tensor | dict[str, Tensor]
 
 
+def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of host values on a device, for which nothing waits."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    if values.size and (values == values.flat[0]).all():  # no copy at all: the usual case
+        dtype = torch.from_numpy(values[:0]).dtype
+        return torch.full(values.shape, values.flat[0].item(), dtype=dtype, device=device)
+    return torch.tensor(values).pin_memory().to(device, non_blocking=True)
+
+
 class Output(Protocol):
     """One way to hand out results. ``values`` are (N,) tensors on the device."""
 
@@ -117,11 +127,11 @@ class TorchOutput:
 
     def mask(self, mask_N: Mask) -> Tensor:
         """See :class:`Output`."""
-        return torch.tensor(mask_N, device=self._device)
+        return on_device(mask_N, self._device)
 
     def counts(self, counts_N: NDArray[np.int64]) -> Tensor:
         """See :class:`Output`."""
-        return torch.tensor(counts_N, device=self._device)
+        return on_device(counts_N, self._device)
 
     def infos(self, values: Mapping[str, Tensor], mask_N: Mask) -> dict[str, Any]:
         """See :class:`Output`."""

@@ -34,7 +34,7 @@ from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.envs.actions import read_actions
 from hma_gym.envs.autoreset import Episodes, read_mode
-from hma_gym.envs.outputs import Mask, Observations, make_output
+from hma_gym.envs.outputs import Mask, Observations, make_output, on_device
 from hma_gym.envs.spaces import ObsType, agent_pos_space, observation_space
 from hma_gym.envs.starts import StartOptions, read_options
 from hma_gym.envs.world import LearnedWorld, Rows, load_world
@@ -487,7 +487,7 @@ class HMAVectorEnv(VectorEnv[Any, Any, Any]):
         return self._rows
 
     def _tensor(self, mask_N: Mask) -> Tensor:
-        return torch.from_numpy(mask_N).to(self.world.device)
+        return on_device(mask_N, self.world.device)
 
     def _generator(self, i: int) -> np.random.Generator:
         generator = self._generators[i]

@@ -31,12 +31,15 @@ from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.refresh import in_groups
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.dynamics.steppers import InOrder, Stepper
+from hma_gym.envs.outputs import on_device
 from hma_gym.envs.tasks import get_task
 from hma_gym.errors import CheckpointError, InvalidArgument
 from hma_gym.judges.classifier import ClassifierJudge
 from hma_gym.judges.feature import FeatureJudge
 from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge, ask, told_state
 from hma_gym.judges.registry import get_step_judge
+from hma_gym.judges.trained import TrainedJudge
+from hma_gym.nn.graphs import Graphed
 
 Mask = NDArray[np.bool_]
 _ENCODE_BATCH = 32
@@ -77,7 +80,7 @@ class Rows:
 
     def select(self, index_R: NDArray[np.int64]) -> Rows:
         """These rows, in that order, as a copy; rows may repeat."""
-        index = torch.from_numpy(index_R).to(self.tokens_NK.device)
+        index = on_device(index_R, self.tokens_NK.device)
         return Rows(
             self.rollout.select(index),
             self.tokens_NK.index_select(0, index),
@@ -91,7 +94,7 @@ class Rows:
 
     def put(self, index_R: NDArray[np.int64], other: Rows) -> None:
         """Overwrite these rows with the R rows of ``other``, in place."""
-        index = torch.from_numpy(index_R).to(self.tokens_NK.device)
+        index = on_device(index_R, self.tokens_NK.device)
         for field in dataclasses.fields(RolloutState):
             getattr(self.rollout, field.name).index_copy_(0, index, getattr(other.rollout, field.name))
         self.tokens_NK.index_copy_(0, index, other.tokens_NK)
@@ -137,7 +140,8 @@ class LearnedWorld:
             takes its classifier, if it has one.
         temperature, decode_steps: sampling, in place of the checkpoint's own settings.
         stepper: makes what runs the model's steps, e.g. :class:`~hma_gym.dynamics.steppers.CudaGraphs` or
-            :class:`~hma_gym.dynamics.steppers.Sketch`; None runs them one operation after the other.
+            :class:`~hma_gym.dynamics.steppers.Sketch`; None runs them one operation after the other. Where
+            it records graphs, decoding and a trained judge are graphs too.
 
     Attributes:
         checkpoint, tokenizer, dynamics, judge, domain: the parts in use.
@@ -190,6 +194,10 @@ class LearnedWorld:
                 f"checkpoint {checkpoint.name!r} has {self.domain.state_dim}; train a judge on data of this domain, or "
                 "one of frames alone (hma-gym train judge --no-state)."
             )
+        self._read: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = self._shown
+        self._ruled: Callable[[Tensor], tuple[Tensor, ...]] = self._ruling
+        if self._stepper.recorded and (self.judge is None or isinstance(self.judge, TrainedJudge)):
+            self._read, self._ruled = Graphed(self._shown), Graphed(self._ruling)
         self.bank = bank = checkpoint.starts.of_domain(self._domain_index)
         if bank.frames_NHWC.shape[1:] != (*self.image_size, 3) or bank.agent_pos_NP.shape[1] < self.domain.state_dim:
             raise CheckpointError(
@@ -301,7 +309,7 @@ class LearnedWorld:
             codes_BD = self._codes(frames_BHWC, agent_pos_BP)
             return self.tokenizer.encode(frames_BHWC).to(tokens_B.dtype), frames_BHWC, codes_BD
 
-        index = torch.from_numpy(due_R).to(self.device)
+        index = on_device(due_R, self.device)
         given = (rows.rollout.tokens, rows.rollout.agent_pos_BP)
         tokens_R, frames_RHWC, codes_RD = in_groups(read, given, due_R.tolist())
         rows.frames_NFHWC[:, -1].index_copy_(0, index, frames_RHWC)
@@ -317,11 +325,10 @@ class LearnedWorld:
             column_N = hidden_NF[:, -back]
             if not column_N.any():
                 continue
-            decoded = self.tokenizer.decode(rows.tokens_NK[:, -back])
-            noted = self._codes(decoded, rows.agent_pos_NFP[:, -back])
+            decoded, noted = self._read(rows.tokens_NK[:, -back], rows.agent_pos_NFP[:, -back])
             for kept, new in ((rows.frames_NFHWC, decoded), (rows.codes_NFD, noted)):
                 if not column_N.all():
-                    mask = torch.from_numpy(column_N).to(self.device).view(-1, *(1,) * (new.ndim - 1))
+                    mask = on_device(column_N, self.device).view(-1, *(1,) * (new.ndim - 1))
                     new = torch.where(mask, new, kept[:, -back])
                 kept[:, -back] = new
             hidden_NF[:, -back] = False
@@ -339,9 +346,9 @@ class LearnedWorld:
         if judge is None:
             return sure, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         if isinstance(judge, TokenJudge):
-            probability_N = judge.probability_of_tokens(rows.tokens_NK)
+            (probability_N,) = self._ruled(rows.tokens_NK)
         elif isinstance(judge, FrameCoder):
-            probability_N = judge.probability_of_codes(rows.codes_NFD)
+            (probability_N,) = self._ruled(rows.codes_NFD)
         else:
             agent_pos_NFP = rows.agent_pos_NFP if self._told else None
             probability_N = ask(judge, judge.probability, rows.frames_NFHWC, agent_pos_NFP)
@@ -353,6 +360,18 @@ class LearnedWorld:
             )
         verdict_N = probability_N >= judge.threshold
         return {"is_success": verdict_N, "success_probability": probability_N, **sure}, verdict_N
+
+    def _shown(self, tokens_N: Tensor, agent_pos_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (N, H, W, 3) and the judge's codes of them (N, D)."""
+        frames_NHWC = self.tokenizer.decode(tokens_N)
+        return frames_NHWC, self._codes(frames_NHWC, agent_pos_NP)
+
+    def _ruling(self, window_NK: Tensor) -> tuple[Tensor]:
+        """The judge's probability (N,), of a window of tokens or of codes."""
+        if isinstance(self.judge, TokenJudge):
+            return (self.judge.probability_of_tokens(window_NK),)
+        assert isinstance(self.judge, FrameCoder)
+        return (self.judge.probability_of_codes(window_NK),)
 
     def _uncertainty(self, rollout: RolloutState, out: StepOutput) -> Tensor:
         """(N,) of the frames just made."""

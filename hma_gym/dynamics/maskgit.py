@@ -5,6 +5,7 @@ Shape legend: see :mod:`hma_gym.dynamics.heads`; V factors of the vocabulary, F 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -64,7 +65,7 @@ class FactorisedEmbedding(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """(..., N, patch**2) int64 -> (..., N, D)."""
         factors = split_factors(patches, self.vocabulary)
-        embedded = sum((table(factors[..., i]) for i, table in enumerate(self.tables)), start=torch.zeros(()))
+        embedded = functools.reduce(torch.add, [table(factors[..., i]) for i, table in enumerate(self.tables)])
         joined: Tensor = self.join(embedded.flatten(-2))
         return joined
 

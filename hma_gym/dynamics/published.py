@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from hma_gym.dynamics.maskgit import MaskGITHead, MaskGITHeadConfig
 from hma_gym.dynamics.masking import masked_after, unmask
 from hma_gym.dynamics.model import ModulationBank
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument
+from hma_gym.nn import graphs
 from hma_gym.nn.parameters import misfits
 from hma_gym.nn.transformer import Block, Cache, SpaceTimeTransformer, TrunkConfig
 
@@ -112,11 +113,21 @@ class PublishedState:
         """The current frame."""
         return self.tokens_BWS[:, -1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds, those of the cache too; :meth:`of_tensors` puts others in their place."""
+        names = ("tokens_BWS", "actions_BWA", "seed_B")
+        cached = {f.name: getattr(self.cache, f.name) for f in dataclasses.fields(Cache)}
+        return {**{name: getattr(self, name) for name in names}, **cached}
+
+    def of_tensors(self, tensors: Mapping[str, Tensor]) -> PublishedState:
+        """The same with other tensors, named as :meth:`tensors` does."""
+        cache = Cache(**{f.name: tensors[f.name] for f in dataclasses.fields(Cache)})
+        rest = {name: tensors[name] for name in ("tokens_BWS", "actions_BWA", "seed_B")}
+        return dataclasses.replace(self, cache=cache, **rest)
+
     def select(self, index_K: Tensor) -> PublishedState:
         """The rows ``index_K`` (int64), in that order, as a copy; rows may repeat."""
-        rows = {name: getattr(self, name)[index_K] for name in ("tokens_BWS", "actions_BWA", "seed_B")}
-        cache = Cache(*(getattr(self.cache, f.name)[index_K] for f in dataclasses.fields(Cache)))
-        return dataclasses.replace(self, cache=cache, **rows)
+        return self.of_tensors({name: x[index_K] for name, x in self.tensors().items()})
 
 
 class PublishedModel(nn.Module):
@@ -142,12 +153,48 @@ class PublishedModel(nn.Module):
     def _normal(self, action: Tensor) -> Tensor:
         return (action - self.action_mean) / self.action_std
 
-    def _embed(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTD: Tensor, first: int) -> Tensor:
-        """Columns (B, T, N + Z, D) of the frames at time positions ``first`` and on."""
+    def _embed(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTD: Tensor, first_B: Tensor | None) -> Tensor:
+        """Columns (B, T, N + Z, D) of the frames at time positions ``first_B``, alike in all rows, and on; None: 0."""
+        T = tokens_BTS.shape[1]
         tokens = self.head.embed_current(tokens_BTS, masked_BTN)
         actions = action_BTD[:, :, None].expand(-1, -1, self.config.action_tokens, -1)
-        position = self.position_embedding[first : first + tokens_BTS.shape[1]]
+        if first_B is None:
+            position = self.position_embedding[:T]
+        else:
+            position = self.position_embedding.index_select(0, first_B[:1] + torch.arange(T, device=first_B.device))
         return torch.cat((tokens, actions), dim=2) + position
+
+    def _told(self, action_BTA: Tensor) -> tuple[Tensor, Tensor]:
+        """What an action is to the trunk, of normalised ones: (B, T, D), and the modulation (B, T, L, M, D)."""
+        embedded = self.stem(action_BTA)
+        return embedded, self.modulation(embedded)
+
+    def _filled(
+        self,
+        features_BND: Tensor,
+        before_BS: Tensor,
+        now: tuple[Tensor, Tensor],
+        draw: tuple[Tensor, Tensor],
+        index: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unmasking pass ``index``: tokens (B, S) and mask (B, N) ``now`` to those after it; the first one's logits.
+
+        ``draw``: seeds and steps, (B,) each.
+        """
+        config, (tokens, masked_BN) = self.config, now
+        scene, noise = Scene(before_BS, None), Draw(*draw, index)
+        new, order_BN = self.head.sample(features_BND, scene, noise, config.temperature)
+        left = masked_after(index, config.decode_steps, self.head.positions)
+        after = unmask(masked_BN, order_BN, left) if left else torch.zeros_like(masked_BN)
+        logits = None if index else self.head.logits_out(features_BND)
+        return self.head.merge(tokens, new, masked_BN), after, logits
+
+    def compile_step(self) -> None:
+        """Let :meth:`step` run through ``torch.compile``: the trunk's blocks, embedding and unmasking, each by itself,
+        and again for another number of rows."""
+        self.trunk.compile_extend()
+        for name in ("_embed", "_told", "_filled"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 
     def logits(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTA: Tensor) -> Tensor:
         """All logits of a clip, without a cache: (B, T, N, F), F the sizes of the vocabulary's factors, in turn.
@@ -157,8 +204,8 @@ class PublishedModel(nn.Module):
             masked_BTN: bool, True where a token is hidden.
             action_BTA: the action taken in each frame, env units.
         """
-        embedded = self.stem(self._normal(action_BTA))
-        x = self.trunk(self._embed(tokens_BTS, masked_BTN, embedded, 0), self.modulation(embedded))
+        embedded, modulation = self._told(self._normal(action_BTA))
+        x = self.trunk(self._embed(tokens_BTS, masked_BTN, embedded, None), modulation)
         logits: Tensor = self.head.logits_out(x[:, :, : self.head.positions])
         return logits
 
@@ -192,11 +239,11 @@ class PublishedModel(nn.Module):
     def observe(self, state: PublishedState, action_BA: Tensor, tokens_BS: Tensor) -> PublishedState:
         """As :meth:`step`, but the new frame is given: a prompt of several frames."""
         state = self._with_room(state)
-        action = self._checked(state, action_BA)
-        embedded = self.stem(action[:, None])
+        action = self.checked(state, action_BA)
+        embedded, modulation = self._told(action[:, None])
         clean = torch.zeros(len(state), 1, self.head.positions, dtype=torch.bool, device=action.device)
-        x = self._embed(state.tokens_BS[:, None], clean, embedded, state.filled - 1)
-        _, cache = self.trunk.extend(x, self.modulation(embedded), state.cache, 1)
+        x = self._embed(state.tokens_BS[:, None], clean, embedded, state.cache.step_B)
+        _, cache = self.trunk.extend(x, modulation, state.cache, 1)
         return self._after(state, cache, action, tokens_BS)
 
     @torch.no_grad()
@@ -210,40 +257,42 @@ class PublishedModel(nn.Module):
         Returns:
             The next state, and the logits (B, N, F) of the first unmasking pass.
         """
-        config = self.config
-        state = self._with_room(state)
-        action = self._checked(state, action_BA)
-        at, B, N = state.filled - 1, len(state), self.head.positions
-        embedded = self.stem(action[:, None])
-        modulation = self.modulation(embedded)
-        tokens = torch.zeros_like(state.tokens_BS)
+        action = self.checked(state, action_BA)
+        step_B = torch.full((len(state),), state.step, dtype=torch.int64, device=state.seed_B.device)
+        return self.advance(state, action, step_B, in_place)
+
+    def advance(
+        self, state: PublishedState, action_BA: Tensor, step_B: Tensor, in_place: bool
+    ) -> tuple[PublishedState, Tensor]:
+        """As :meth:`step`, of a normalised action; ``step_B`` is the state's step, on the device."""
+        state = self._with_room(state, in_place)
+        B, N, before = len(state), self.head.positions, state.tokens_BS
+        embedded, modulation = self._told(action_BA[:, None])
+        tokens = torch.zeros_like(before)
         masked = torch.ones(B, N, dtype=torch.bool, device=tokens.device)
-        both = torch.stack((state.tokens_BS, tokens), dim=1)
-        hidden = torch.stack((torch.zeros_like(masked), masked), dim=1)
         x, cache = self.trunk.extend(
-            self._embed(both, hidden, embedded.expand(-1, 2, -1), at),
+            self._embed(
+                torch.stack((before, tokens), dim=1),
+                torch.stack((torch.zeros_like(masked), masked), dim=1),
+                embedded.expand(-1, 2, -1),
+                state.cache.step_B,
+            ),
             modulation.expand(-1, 2, -1, -1, -1),
             state.cache,
             commit=1,
             in_place=in_place,
         )
-        features = x[:, 1, :N]
-        first = self.head.logits_out(features)
-        step_B = torch.full((B,), state.step, dtype=torch.int64, device=tokens.device)
-        for index in range(config.decode_steps):
-            if index:
-                x, _ = self.trunk.extend(
-                    self._embed(tokens[:, None], masked[:, None], embedded, at + 1), modulation, cache, commit=0
-                )
-                features = x[:, 0, :N]
-            new, order_BN = self.head.sample(
-                features, Scene(state.tokens_BS, None), Draw(state.seed_B, step_B, index), config.temperature
-            )
-            tokens = self.head.merge(tokens, new, masked)
-            masked = unmask(masked, order_BN, masked_after(index, config.decode_steps, N))
-        return self._after(state, cache, action, tokens), first
+        draw = (state.seed_B, step_B)
+        tokens, masked, first = self._filled(x[:, 1, :N], before, (tokens, masked), draw, 0)
+        for index in range(1, self.config.decode_steps):
+            x = self._embed(tokens[:, None], masked[:, None], embedded, cache.step_B)
+            x, _ = self.trunk.extend(x, modulation, cache, commit=0)
+            tokens, masked, _ = self._filled(x[:, 0, :N], before, (tokens, masked), draw, index)
+        assert first is not None
+        return self._after(state, cache, action_BA, tokens), first
 
-    def _checked(self, state: PublishedState, action_BA: Tensor) -> Tensor:
+    def checked(self, state: PublishedState, action_BA: Tensor) -> Tensor:
+        """Actions (B, A) in env units to normalised ones; :class:`InvalidAction` where their shape is another."""
         if action_BA.shape != (len(state), self.config.action_size):
             raise InvalidAction(
                 f"action must have the shape {(len(state), self.config.action_size)} (rows, action dims x stride), "
@@ -257,24 +306,116 @@ class PublishedModel(nn.Module):
         tokens_BWS = torch.cat((state.tokens_BWS[:, 1:], tokens_BS[:, None]), dim=1)
         return PublishedState(tokens_BWS, actions, cache, state.seed_B, state.filled + 1, state.step + 1, state.keep)
 
-    def _with_room(self, state: PublishedState) -> PublishedState:
+    def _with_room(self, state: PublishedState, in_place: bool = False) -> PublishedState:
         """The same situation with a time position free for the next frame: fewer frames, a cache made anew."""
         keep = state.keep
         if state.filled < self.config.trunk.window:
             return state
-        cache = self.trunk.new_cache(len(state), self.positions, state.seed_B.device, state.cache.keys_BLWND.dtype)
+        if in_place:  # at step 0 no frame of it is seen
+            cache = dataclasses.replace(state.cache, step_B=torch.zeros_like(state.cache.step_B))
+        else:
+            cache = self.trunk.new_cache(len(state), self.positions, state.seed_B.device, state.cache.keys_BLWND.dtype)
         if keep > 1:
             tokens, action = state.tokens_BWS[:, -keep:-1], state.actions_BWA[:, -keep:-1]
-            embedded = self.stem(action.to(self.position_embedding.dtype))
+            embedded, modulation = self._told(action.to(self.position_embedding.dtype))
             clean = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             _, cache = self.trunk.extend(
-                self._embed(tokens, clean, embedded, 0),
-                self.modulation(embedded),
+                self._embed(tokens, clean, embedded, None),
+                modulation,
                 cache,
                 commit=keep - 1,
                 in_place=True,
             )
         return dataclasses.replace(state, cache=cache, filled=keep)
+
+
+# ------------------------------------------------------------------ as CUDA graphs
+
+
+@dataclass
+class _Recording:
+    """Rollouts in memory that graphs change, the action and the step that these read; and by ``keep`` for steps that
+    slide first, by 0 for others, the logits that a graph writes and what runs it."""
+
+    memory: graphs.Memory
+    action_BA: Tensor
+    step_B: Tensor
+    step: int
+    runs: dict[int, tuple[Tensor, Callable[[], None]]]
+
+
+class PublishedGraphs:
+    """A published model's steps as CUDA graphs, recorded when a number of rows is first met (some seconds).
+
+    A graph changes the rollouts in place, in memory that it lends; see :class:`hma_gym.dynamics.steppers.CudaGraphs`.
+
+    Raises:
+        InvalidArgument: weights that are not on a CUDA device.
+    """
+
+    def __init__(self, model: PublishedModel) -> None:
+        reason = graphs.lacks_graphs(model.position_embedding.device)
+        if reason:
+            raise InvalidArgument(
+                f"published graphs need weights on a CUDA device, got {reason}; call the model's own step."
+            )
+        self._model = model
+        self._recordings: list[_Recording] = []
+
+    @torch.no_grad()
+    def step(self, state: PublishedState, action_BA: Tensor) -> tuple[PublishedState, Tensor]:
+        """As :meth:`PublishedModel.step` with ``in_place``: gives up the state that it is given."""
+        action_BA, given = self._model.checked(state, action_BA), state.tensors()
+        recording = self._recording(given, action_BA)
+        goes_on = recording.memory.take(given)
+        recording.action_BA.copy_(action_BA)
+        if recording.step != state.step:
+            recording.step_B.fill_(state.step)
+        slides = state.filled >= self._model.config.trunk.window
+        which = state.keep if slides else 0
+        if which not in recording.runs:
+            recording.runs[which] = self._record(state, recording)
+        first, run = recording.runs[which]
+        run()
+        recording.step = state.step + 1
+        after = dataclasses.replace(state, filled=(which or state.filled) + 1, step=recording.step)
+        return after if goes_on else after.of_tensors(recording.memory.lend("step_B")), first.clone()
+
+    def _recording(self, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
+        """Of these very rollouts, or one of their number whose rollouts are over, or a new one."""
+        alike = [r for r in self._recordings if r.action_BA.shape == action_BA.shape]
+        mine = [r for r in alike if r.memory.is_at("step_B", given["step_B"])] or [r for r in alike if r.memory.free]
+        if not mine:
+            memory = graphs.Memory({name: x if name in _LARGE else x.clone() for name, x in given.items()})
+            mine = [_Recording(memory, action_BA.clone(), torch.zeros_like(given["seed_B"]), 0, {})]
+            self._recordings += mine
+        return mine[0]
+
+    def _record(self, state: PublishedState, recording: _Recording) -> tuple[Tensor, Callable[[], None]]:
+        # The cache was given up with the state. A rehearsal writes where no frame is seen any more.
+        own, step_B = recording.memory.tensors, recording.step_B
+        saved = {name: x.clone() for name, x in own.items() if name not in _LARGE}
+        begun = step_B.clone()
+        begin = state.of_tensors(own)
+
+        def step() -> Tensor:
+            after, first = self._model.advance(begin, recording.action_BA, step_B, in_place=True)
+            recording.memory.write(after.tensors())
+            step_B.add_(1)
+            return first
+
+        def rehearse() -> Tensor:
+            first = step()
+            step_B.copy_(begun)
+            for name, before in saved.items():
+                own[name].copy_(before)
+            return first
+
+        return graphs.record(step, step_B.device, rehearse)
+
+
+#: Tensors of a state that are not copied.
+_LARGE = ("keys_BLWND", "values_BLWND")
 
 
 # ------------------------------------------------------------------ the reference's state dicts

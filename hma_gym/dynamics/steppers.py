@@ -5,7 +5,7 @@ by the bodies alone.
 >>> envs = HMAVectorEnv(256, checkpoint=world, output="torch")  # doctest: +SKIP
 
 A step of a small model is hundreds of small operations, which a CPU cannot launch as fast as a GPU runs them. A graph
-launches them all at once.
+launches them all at once. Graphs of compiled networks (:mod:`hma_gym.dynamics.compiled`) also have fewer of them.
 
 Shape legend: B rows, A numbers of an action.
 """
@@ -13,15 +13,16 @@ Shape legend: B rows, A numbers of an action.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn import graphs
 
 
 class Stepper(Protocol):
@@ -30,9 +31,11 @@ class Stepper(Protocol):
     Attributes:
         whole: whether the trunk runs: then tokens may drift (see :mod:`hma_gym.dynamics.refresh`), and features tell
             how sure the model is.
+        recorded: whether steps are CUDA graphs: then decoding and judging may be as well.
     """
 
     whole: bool
+    recorded: bool
 
     def step(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
         """As :meth:`Dynamics.step <hma_gym.dynamics.model.Dynamics.step>` with ``in_place``."""
@@ -42,7 +45,7 @@ class Stepper(Protocol):
 class InOrder:
     """One operation after the other."""
 
-    whole = True
+    whole, recorded = True, False
 
     def __init__(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
@@ -55,7 +58,7 @@ class Sketch:
     """The bodies alone foretell and draw, see :meth:`hma_gym.dynamics.model.Dynamics.step_of_bodies`: frames for
     learners that need very many. Nothing tells how sure they are."""
 
-    whole = False
+    whole, recorded = False, False
 
     def __init__(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
@@ -66,63 +69,90 @@ class Sketch:
 
 @dataclass(frozen=True)
 class _Recording:
-    """A graph, the memory that it reads, and the memory that it writes."""
+    """What runs a graph, the memory that it changes, the action that it reads, and what it shows."""
 
-    graph: torch.cuda.CUDAGraph
-    state: RolloutState
+    run: Callable[[], None]
+    memory: graphs.Memory
     action_BA: Tensor
-    after: RolloutState
     out: StepOutput
 
 
 class CudaGraphs:
-    """Steps as CUDA graphs, one for each number of rows, recorded when it is first met (some seconds).
+    """Steps as CUDA graphs, recorded when a number of rows is first met (some seconds).
 
-    A graph has memory of its own, as much as the rollouts; their state is copied there and back, two copies of it a
-    step.
+    A graph changes the rollouts in place, in memory of its own that it lends: while one batch of rollouts goes on,
+    nothing of it is copied. Further batches of the same size at the same time have graphs of their own.
 
     Raises:
         InvalidArgument: weights that are not on a CUDA device, or several domains, whose rows are sorted by the host.
     """
 
-    whole = True
+    whole, recorded = True, True
 
-    #: Steps before a recording, in which kernels are chosen and workspaces allotted.
-    WARMUP = 3
+    #: Tensors of a state that no step of this kind reads or writes.
+    UNUSED: tuple[str, ...] = ()
 
     def __init__(self, dynamics: Dynamics) -> None:
-        device = dynamics.position_embedding.device
-        if device.type != "cuda" or len(dynamics.domains) > 1:
+        reason = graphs.lacks_graphs(dynamics.position_embedding.device)
+        if reason or len(dynamics.domains) > 1:
             raise InvalidArgument(
-                "stepper: CUDA graphs need weights on a CUDA device and a model of one domain, got device "
-                f"{str(device)!r} and {len(dynamics.domains)} domains; leave stepper out."
+                "stepper: CUDA graphs need weights on a CUDA device and a model of one domain, got "
+                f"{reason or 'weights there'} and {len(dynamics.domains)} domains; leave stepper out."
             )
         self._dynamics = dynamics
-        self._recordings: dict[int, _Recording] = {}
+        self._recordings: list[_Recording] = []
 
     def step(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
-        recording = self._recordings.get(len(state))
-        if recording is None:
-            recording = self._recordings[len(state)] = self._record(state, action_BA)
-        for field in dataclasses.fields(RolloutState):
-            getattr(recording.state, field.name).copy_(getattr(state, field.name))
+        given = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in self.UNUSED}
+        recording = self._recording(state, given, action_BA)
+        goes_on = recording.memory.take(given)
         recording.action_BA.copy_(action_BA)
-        recording.graph.replay()
-        for field in dataclasses.fields(RolloutState):
-            getattr(state, field.name).copy_(getattr(recording.after, field.name))
+        recording.run()
+        if not goes_on:
+            state = dataclasses.replace(state, **recording.memory.lend("step_B"))
         shown = (getattr(recording.out, field.name).clone() for field in dataclasses.fields(StepOutput))
         return state, StepOutput(*shown)
 
-    def _record(self, state: RolloutState, action_BA: Tensor) -> _Recording:
-        own, action_BA = state.clone(), action_BA.clone()
-        present = torch.cuda.current_stream(action_BA.device)
-        aside = torch.cuda.Stream(action_BA.device)
-        aside.wait_stream(present)
-        with torch.cuda.stream(aside):
-            for _ in range(self.WARMUP):
-                self._dynamics.step(state.clone(), action_BA, in_place=True)
-        present.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            after, out = self._dynamics.step(own, action_BA, in_place=True)
-        return _Recording(graph, own, action_BA, after, out)
+    def _recording(self, state: RolloutState, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
+        """Of this very batch, or one of its size whose rollouts are over, or a new one."""
+        alike = [r for r in self._recordings if r.memory.tensors["step_B"].shape == state.step_B.shape]
+        mine = [r for r in alike if r.memory.is_at("step_B", state.step_B)] or [r for r in alike if r.memory.free]
+        if not mine:
+            mine = [self._record(state, given, action_BA)]
+            self._recordings += mine
+        return mine[0]
+
+    def _advance(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
+        return self._dynamics.step(state, action_BA, in_place=True)
+
+    def _record(self, state: RolloutState, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
+        # The cache is given up with the state. A rehearsal writes into a slot of it that no frame sees any more.
+        large = ("keys_BLWND", "values_BLWND")
+        memory = graphs.Memory({name: x if name in large else x.clone() for name, x in given.items()})
+        saved = {name: x.clone() for name, x in memory.tensors.items() if name not in large}
+        nothing = {name: getattr(state, name).new_empty(0) for name in self.UNUSED}
+        own, action_BA = dataclasses.replace(state, **memory.tensors, **nothing), action_BA.clone()
+
+        def step() -> StepOutput:
+            after, out = self._advance(own, action_BA)
+            memory.write({name: getattr(after, name) for name in memory.tensors})
+            return out
+
+        def rehearse() -> StepOutput:
+            out = step()
+            for name, before in saved.items():
+                memory.tensors[name].copy_(before)
+            return out
+
+        out, run = graphs.record(step, action_BA.device, rehearse)
+        return _Recording(run, memory, action_BA, out)
+
+
+class SketchGraphs(CudaGraphs):
+    """:class:`Sketch` as CUDA graphs."""
+
+    whole = False
+    UNUSED = ("keys_BLWND", "values_BLWND")
+
+    def _advance(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
+        return self._dynamics.step_of_bodies(state, action_BA)

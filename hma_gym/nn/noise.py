@@ -9,7 +9,9 @@ Shape legend: B rows.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def uniform(seed_B: Tensor, step_B: Tensor, stream: int, shape: tuple[int, ...])
         (B, *shape) float32.
     """
     row = _mix(_mix(_mix(seed_B * _GOLDEN) + step_B) ^ stream)
-    index = torch.arange(math.prod(shape), device=seed_B.device) + 1
+    index = torch.arange(functools.reduce(operator.mul, shape, 1), device=seed_B.device) + 1
     bits = _shift_right(_mix(row[:, None] + index * _GOLDEN), 41)  # 23 bits: exact in float32, also after + 0.5
     return ((bits.float() + 0.5) / 2**23).view(-1, *shape)
 

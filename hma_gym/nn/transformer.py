@@ -221,11 +221,15 @@ class SpaceTimeTransformer(nn.Module):
         kind = PublishedBlock if config.modulation == "published" else Block
         self.blocks = nn.ModuleList(kind(config) for _ in range(config.layers))
         self._extend_block = Block.extend
+        self._where = SpaceTimeTransformer.where
         self.init_weights()
 
     def compile_extend(self) -> None:
-        """Let ``extend`` run its blocks through ``torch.compile``: one graph, which all blocks share."""
+        """Let ``extend`` run its blocks through ``torch.compile``: one graph, which all blocks share. On a GPU also
+        what says which frames see which, dozens of tiny operations."""
         self._extend_block = torch.compile(Block.extend, dynamic=False, fullgraph=True)
+        if next(self.parameters()).is_cuda:
+            self._where = torch.compile(SpaceTimeTransformer.where, dynamic=False, fullgraph=True)
 
     def init_weights(self) -> None:
         """Variance 1/fan-in; matrices that write to the residual stream are smaller by sqrt(2 L)."""
@@ -271,26 +275,45 @@ class SpaceTimeTransformer(nn.Module):
         Returns:
             (B, T, N, D), and the cache with ``step_B`` advanced by ``commit``.
         """
-        config = self.config
         B, T = x_BTND.shape[:2]
-        time = torch.arange(T, device=x_BTND.device)
-        position_BT = cache.step_B[:, None] + time
-        rotary = self._angles(position_BT)
-        past_BW = ring_positions(cache.step_B, config.window)
-        seen_BTW = (past_BW >= 0)[:, None] & (position_BT[:, :, None] - past_BW[:, None] < config.window)
-        new_TT = window_mask(T, config.window, x_BTND.device)
-        mask_BTS = torch.cat((seen_BTW, new_TT.expand(B, T, T)), dim=2)
+        rotary, mask_BTS, slots = self._where(self, cache.step_B, T, commit)
         keys, values = cache.keys_BLWND, cache.values_BLWND
         if commit and not in_place:
             keys, values = keys.clone(), values.clone()
         rows = torch.arange(B, device=x_BTND.device)[:, None]
-        new = slice(max(commit - config.window, 0), commit)  # more frames than slots: the last ones stay
-        slots = torch.remainder(position_BT[:, new], config.window)
+        new = self._committed(commit)
+        later: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             past = (cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer])
             x_BTND, k, v = self._extend_block(block, x_BTND, modulation_BTLMD[:, :, layer], rotary, past, mask_BTS)
-            if commit:
+            if commit and x_BTND.is_cuda:  # all layers at once: two launches for all of them
+                later.append((k[:, new], v[:, new]))
+            elif commit:
                 keys[rows, layer, slots] = k[:, new].to(keys.dtype)
                 values[rows, layer, slots] = v[:, new].to(values.dtype)
+        if later:
+            commit_layers((keys, values), later, slots)
         return x_BTND, Cache(keys, values, cache.step_B + commit)
+
+    def _committed(self, commit: int) -> slice:
+        """Which of the committed frames stay: more frames than slots leave the last ones."""
+        return slice(max(commit - self.config.window, 0), commit)
+
+    def where(self, step_B: Tensor, frames: int, commit: int) -> tuple[tuple[Tensor, Tensor] | None, Tensor, Tensor]:
+        """Of so many new frames after ``step_B``: rotary angles, (B, T, K/2) each or None; which frames they see, bool
+        (B, T, W + T); and the slots of those that are committed and stay, (B, C)."""
+        window = self.config.window
+        position_BT = step_B[:, None] + torch.arange(frames, device=step_B.device)
+        past_BW = ring_positions(step_B, window)
+        seen_BTW = (past_BW >= 0)[:, None] & (position_BT[:, :, None] - past_BW[:, None] < window)
+        new_TT = window_mask(frames, window, step_B.device)
+        mask_BTS = torch.cat((seen_BTW, new_TT.expand(len(step_B), frames, frames)), dim=2)
+        return self._angles(position_BT), mask_BTS, torch.remainder(position_BT[:, self._committed(commit)], window)
+
+
+def commit_layers(cache_BLWND: tuple[Tensor, Tensor], new_LBCND: list[tuple[Tensor, Tensor]], slots_BC: Tensor) -> None:
+    """Write the new keys and values of all layers, a pair (B, C, N, D) for each, into their slots, in place."""
+    rows_B1 = torch.arange(len(slots_BC), device=slots_BC.device)[:, None]
+    for kept, new in zip(cache_BLWND, zip(*new_LBCND, strict=True), strict=True):
+        kept.transpose(1, 2)[rows_B1, slots_BC] = torch.stack(new, dim=2).to(kept.dtype)

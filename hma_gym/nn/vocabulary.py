@@ -9,7 +9,8 @@ Shape legend: F number of factors.
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ def vocabulary_size(sizes: Sequence[int]) -> int:
     """The number of tokens: the product of the factor sizes. Raises InvalidArgument on an empty or bad tuple."""
     if len(sizes) == 0 or any(int(size) < 1 for size in sizes):
         raise InvalidArgument(f"vocabulary must be one or more factor sizes of at least 1, got {tuple(sizes)}")
-    return math.prod(int(size) for size in sizes)
+    return functools.reduce(operator.mul, [int(size) for size in sizes])
 
 
 def split_factors(tokens: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

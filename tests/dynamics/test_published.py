@@ -6,7 +6,9 @@ The fixture is the reference's own output at a reduced size (``record_published.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import replay_on_the_host
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hma_gym.benchmarks._reference import PUBLISHED_FIELDS, load_reference, random_reference
-from hma_gym.dynamics.published import PublishedModel, PublishedState, load_published, read_published
+from hma_gym.dynamics.published import PublishedGraphs, PublishedModel, PublishedState, load_published, read_published
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument
 from hma_gym.nn.precision import in_precision
 
@@ -71,6 +74,8 @@ def _prompt(model: PublishedModel, rows: int, frames: int, keep: int | None = No
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(64, (rows, frames, 16), generator=generator)
     actions = torch.randn(rows, frames + 12, 3, generator=generator)
+    device = model.position_embedding.device
+    tokens, actions = tokens.to(device), actions.to(device)
     state = model.start(tokens[:, 0], torch.arange(rows), keep)
     for t in range(1, frames):
         state = model.observe(state, actions[:, t - 1], tokens[:, t])
@@ -81,7 +86,7 @@ def _uncached(model: PublishedModel, state: PublishedState, action: Tensor) -> T
     """First-pass logits of the next frame by the whole context, from what the state says it is."""
     frames = state.filled if state.filled < model.config.trunk.window else state.keep
     tokens = torch.cat((state.tokens_BWS[:, -frames:], torch.zeros_like(state.tokens_BS)[:, None]), dim=1)
-    masked = torch.zeros(tokens.shape, dtype=torch.bool)
+    masked = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
     masked[:, -1] = True
     raw = state.actions_BWA[:, -frames:-1] * model.action_std + model.action_mean
     actions = torch.cat((raw, action[:, None], action[:, None]), dim=1)
@@ -100,6 +105,69 @@ def test_cached_equals_uncached_while_the_window_slides(model: PublishedModel, k
         torch.testing.assert_close(first, wanted, **TOLERANCE)
         filled.append(state.filled)
     assert max(filled) == 4 and min(filled[2:]) == keep + 1  # the window fills, and is emptied down to keep
+
+
+def _assert_recorded_frames_equal(model: PublishedModel, keep: int, recorded: PublishedGraphs) -> None:
+    """Two runs one after the other, and a third beside the second, from another step on."""
+    device = model.position_embedding.device
+    for run in range(2):
+        (plain, actions), (ours, _) = (_prompt(model, 2, 2, keep) for _ in range(2))
+        beside, plain_beside = _prompt(model, 2, 3, keep)[0], _prompt(model, 2, 3, keep)[0]
+        for t in range(9):
+            action = actions[:, 1 + t]
+            plain, wanted = model.step(plain, action)
+            ours, first = recorded.step(ours, action)
+            torch.testing.assert_close(first, wanted, **TOLERANCE)
+            assert torch.equal(ours.tokens_BWS, plain.tokens_BWS) and (ours.filled, ours.step) == (plain.filled, t + 2)
+            if run:
+                plain_beside, _ = model.step(plain_beside, -action)
+                beside, _ = recorded.step(beside, -action)
+                assert torch.equal(beside.tokens_BWS, plain_beside.tokens_BWS)
+        assert device == ours.tokens_BWS.device
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_recorded_frames_equal_plain_ones(model: PublishedModel, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replay_on_the_host(monkeypatch)
+    _assert_recorded_frames_equal(_with_temperature(model, 1.0), keep, PublishedGraphs(_with_temperature(model, 1.0)))
+    assert len(found) == 4  # two memories, each with a graph that slides and one that does not
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_cached_frames_equal_uncached_and_recorded_ones(model: PublishedModel) -> None:
+    model = copy.deepcopy(model).to("cuda")
+    for keep in (1, 3):
+        _assert_recorded_frames_equal(model, keep, PublishedGraphs(model))
+        state, actions = _prompt(model, 2, 2, keep)
+        for t in range(6):
+            wanted = _uncached(model, state, actions[:, 1 + t])
+            state, first = model.step(state, actions[:, 1 + t])
+            torch.testing.assert_close(first, wanted, **TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_and_recorded_frames_equal_plain_ones(model: PublishedModel) -> None:
+    model = copy.deepcopy(model).to("cuda")
+    fast = copy.deepcopy(model)
+    fast.compile_step()
+    _assert_recorded_frames_equal(model, 2, PublishedGraphs(fast))
+
+
+def test_compiled_frames_equal_plain_ones(model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    fast = copy.deepcopy(model)
+    fast.compile_step()
+    (plain, actions), (state, _) = (_prompt(model, 2, 2) for _ in range(2))
+    for t in range(5):
+        plain, wanted = model.step(plain, actions[:, 1 + t])
+        state, first = fast.step(state, actions[:, 1 + t], in_place=True)
+        torch.testing.assert_close(first, wanted, **TOLERANCE)
+        assert torch.equal(state.tokens_BS, plain.tokens_BS)
+
+
+def test_published_graphs_need_a_gpu(model: PublishedModel) -> None:
+    with pytest.raises(InvalidArgument, match="weights on the device 'cpu'"):
+        PublishedGraphs(model)
 
 
 def test_an_action_shows_in_the_next_frame(model: PublishedModel) -> None:

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
+from recorded import replay_on_the_host
 from toy_checkpoint import toy_checkpoint, toy_domain
 
 from hma_gym.dynamics import compiled as module
@@ -16,7 +18,7 @@ from hma_gym.dynamics.compiled import with_compilation
 from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
-from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Sketch, Stepper
+from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Sketch, SketchGraphs, Stepper
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
@@ -109,7 +111,7 @@ def test_other_sampling_keeps_the_precision(toy: Checkpoint) -> None:
 
 
 def test_cuda_graphs_need_one_domain_on_a_gpu(toy: Checkpoint) -> None:
-    with pytest.raises(InvalidArgument, match="device 'cpu' and 1 domains"):
+    with pytest.raises(InvalidArgument, match="weights on the device 'cpu' and 1 domains"):
         LearnedWorld(toy, stepper=CudaGraphs)
 
 
@@ -149,15 +151,65 @@ def test_gelu_without_gradients_is_gelu(approximate: str) -> None:
         assert torch.allclose(gelu(x, approximate), expected, atol=1e-6)
 
 
+def _assert_recorded_steps_equal(checkpoint: Checkpoint, kind: type[CudaGraphs], plain: Stepper) -> CudaGraphs:
+    recorded = kind(checkpoint.dynamics)
+    expected = _steps(checkpoint, plain)
+    _assert_alike(expected, _steps(checkpoint, recorded))
+    _assert_alike(expected, _steps(checkpoint, recorded))  # another rollout in the same memory
+    return recorded
+
+
+KINDS = [(CudaGraphs, InOrder), (SketchGraphs, Sketch)]
+
+
+@pytest.mark.parametrize(("kind", "plain"), KINDS)
+def test_recorded_steps_equal_plain_ones(
+    toy: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: type[CudaGraphs], plain: type[InOrder]
+) -> None:
+    recorded = replay_on_the_host(monkeypatch)
+    _assert_recorded_steps_equal(toy, kind, plain(toy.dynamics))
+    assert len(recorded) == 1
+
+
 @pytest.mark.gpu
-def test_cuda_graphs_equal_one_operation_after_the_other() -> None:
+@pytest.mark.parametrize(("kind", "plain"), KINDS)
+def test_cuda_graphs_equal_one_operation_after_the_other(kind: type[CudaGraphs], plain: type[InOrder]) -> None:
     checkpoint = toy_checkpoint().to("cuda")
-    graphs = CudaGraphs(checkpoint.dynamics)
-    expected = _steps(checkpoint, InOrder(checkpoint.dynamics))
-    _assert_alike(expected, _steps(checkpoint, graphs))
-    _assert_alike(expected, _steps(checkpoint, graphs))  # another rollout in the same graph's memory
+    _assert_recorded_steps_equal(checkpoint, kind, plain(checkpoint.dynamics))
     with pytest.raises(InvalidArgument, match="2 domains"):
-        CudaGraphs(toy_checkpoint(toy_domain("a"), toy_domain("b")).to("cuda").dynamics)
+        kind(toy_checkpoint(toy_domain("a"), toy_domain("b")).to("cuda").dynamics)
+
+
+@pytest.mark.gpu
+def test_graphs_of_compiled_networks_equal_eager_ones() -> None:
+    checkpoint = toy_checkpoint().to("cuda")
+    fast = with_compilation(checkpoint)
+    _assert_alike(_steps(checkpoint, InOrder(checkpoint.dynamics)), _steps(fast, CudaGraphs(fast.dynamics)))
+
+
+def test_batches_side_by_side_have_memory_of_their_own(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = replay_on_the_host(monkeypatch)
+    shared = CudaGraphs(toy.dynamics)
+    worlds = [LearnedWorld(toy, stepper=lambda _: shared), LearnedWorld(toy)]
+    first, other, plain, plain_other = (HMAVectorEnv(N, checkpoint=worlds[i // 2]) for i in range(4))
+    for seed, pair in enumerate(((first, plain), (other, plain_other))):
+        for each in pair:
+            each.reset(seed=10 * seed)
+    actions = [plain.action_space.sample() for _ in range(6)]
+    for step, action in enumerate(actions):
+        for ours, theirs in ((first, plain), (other, plain_other)):
+            assert np.array_equal(ours.step(action)[0], theirs.step(action)[0])
+        if step == 2:  # a saved state is a copy, and going back to it brings other memory
+            saved, plain_saved = first.save_state(), plain.save_state()
+    before = len([device for device in recorded])
+    first.load_state(saved), plain.load_state(plain_saved)
+    for action in actions:
+        assert np.array_equal(first.step(action)[0], plain.step(action)[0])
+    twin, plain_twin = first.fork(1), plain.fork(1)
+    for action in actions[:2]:
+        assert np.array_equal(twin.step(action)[0], plain_twin.step(action)[0])
+        assert np.array_equal(first.step(-action)[0], plain.step(-action)[0])
+    assert len(shared._recordings) == 3 and before < len(recorded)
 
 
 def test_a_sketched_world_is_not_refreshed_and_says_nothing_of_how_sure_it_is(toy: Checkpoint) -> None:
