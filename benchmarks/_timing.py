@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.metrics.statistics import Interval, bootstrap_interval
+from hma_gym.nn.precision import Products, tensor_float32
 
 Clock = Literal["wall", "cpu"]
 
@@ -96,6 +97,16 @@ def time_calls(
             wait()
             seconds[name].append(now() - begin)
     return {name: summary(np.array(values)) for name, values in seconds.items()}
+
+
+def in_products(products: Products, call: Callable[[], object]) -> Callable[[], object]:
+    """A call whose float32 products run in TF32 if that was chosen, and in full float32 if not."""
+
+    def chosen() -> object:
+        with tensor_float32(products == "tf32"):
+            return call()
+
+    return chosen
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

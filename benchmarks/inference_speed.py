@@ -15,31 +15,47 @@ The discrete models are timed in three ways, each with as many unmasking passes 
 The soft models (MAR) make one frame with a full context in the cache, sampled by the paper's 100 DDIM steps and by the
 few-step head in its place; both with two unmasking passes.
 
+``--ways graphs`` records the steps of the discrete models as CUDA graphs, ``compiled-graphs`` compiles them first (half
+a minute for each batch). ``--precisions`` and ``--reference-precisions`` choose how products are rounded; the reference
+as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
+
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
-``<out>/inference_speed.json`` and ``.md``.
+``<out>/inference_speed.json`` and ``.md``, anew after each measurement.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hma_gym.benchmarks._reference import PUBLISHED_FIELDS, ReferenceAttention, load_reference, random_reference
-from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
+from hma_gym.benchmarks._timing import (
+    Clock,
+    Timing,
+    in_products,
+    machine_lines,
+    markdown_table,
+    time_calls,
+    write_results,
+)
 from hma_gym.domains import Domain
 from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.published import (
     PublishedConfig,
+    PublishedGraphs,
     PublishedModel,
     PublishedState,
     published_trunk,
@@ -50,12 +66,14 @@ from hma_gym.dynamics.sizes import named_model
 from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.nn.packed import packed
-from hma_gym.nn.precision import ModuleT, Precision, in_precision
+from hma_gym.nn.precision import ModuleT, Products, in_precision
 
 #: Widths of the paper's discrete models; 32 layers, 8 heads, 12 frames each.
 WIDTHS = {"base": 256, "xl": 1024}
 #: The paper's soft models, by their names in :data:`hma_gym.dynamics.sizes.MODELS`.
 SOFT_MODELS = ("mar-base", "mar-xl")
+Way = Literal["eager", "graphs", "compiled-graphs"]
+Engine = Literal["cached", "sliding", "same context"]
 DOMAIN = "arm"
 ACTION_SIZE = 7
 
@@ -70,8 +88,12 @@ class InferenceSpeedConfig:
         reference: a checkout of the reference implementation to time beside our discrete models.
         reference_attention: ``plain`` is its own code without xformers, ``fused`` its fast attention (xformers, or
             PyTorch's where that is not installed).
-        precision: of our matrix products.
+        precisions: of our matrix products; ``tf32`` is for GPUs.
+        reference_precisions: likewise of the reference, whose float32 is what ours is compared with.
+        ways: how our discrete models run; ``eager``, or ``graphs`` and ``compiled-graphs`` on a GPU.
+        engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
         packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
+        seconds: after so many no further measurement begins; None for no limit.
         repeats, warmup: timed calls of each, and calls before.
         clock: ``wall``, or ``cpu`` for a shared machine.
         device: where the models run.
@@ -85,7 +107,11 @@ class InferenceSpeedConfig:
     batches: tuple[int, ...] = (1,)
     reference: Path | None = None
     reference_attention: ReferenceAttention = "fused"
-    precision: Precision = "float32"
+    precisions: tuple[Products, ...] = ("float32",)
+    reference_precisions: tuple[Products, ...] = ("float32",)
+    ways: tuple[Way, ...] = ("eager",)
+    engines: tuple[Engine, ...] = ("cached", "sliding", "same context")
+    seconds: float | None = None
     packed: bool = False
     repeats: int = 5
     warmup: int = 1
@@ -110,7 +136,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        model, batch, engine: what was timed; ``engine`` is a way of ours, a head of ours, or the reference.
+        model, batch, engine: what was timed; ``engine`` is one of ours, a head of ours, or the reference.
+        way, precision: how it ran, and how its products were rounded.
         frames: frames that one timed call made for each rollout.
         timing: of a call.
         weights_mb: of the model's parameters.
@@ -121,6 +148,8 @@ class Row:
     model: str
     batch: int
     engine: str
+    way: Way
+    precision: Products
     frames: int
     timing: Timing
     weights_mb: float
@@ -152,12 +181,12 @@ def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> 
             torch.manual_seed(0)
             head = MaskGITHeadConfig(grid=(config.side, config.side), vocabulary=(512, 512))
             model = PublishedModel(PublishedConfig(published_trunk(config.layers, width), head)).eval()
-    return _prepared(config, model)
+    return model.requires_grad_(False).to(config.device)
 
 
-def _prepared(config: InferenceSpeedConfig, model: ModuleT) -> ModuleT:
-    """A model on its device, in its precision, packed if asked for."""
-    model = in_precision(model.requires_grad_(False).to(config.device), config.precision)
+def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products) -> ModuleT:
+    """A model in its precision, packed if asked for."""
+    model = in_precision(model, "bfloat16" if products == "bfloat16" else "float32")
     positions = config.side**2 + 64
     return packed(model, positions * config.batches[0]) if config.packed else model
 
@@ -174,30 +203,41 @@ def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedS
     return state
 
 
-def _ways(model: PublishedModel, batch: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Our ways by name: frames a call, and the call."""
+Calls = dict[str, tuple[int, Callable[[], object]]]
+
+
+def _stepping(model: PublishedModel, way: Way) -> Callable[[PublishedState, Tensor], tuple[PublishedState, Tensor]]:
+    """Steps that give up their state."""
+    if way == "eager":
+        return lambda state, action: model.step(state, action, in_place=True)
+    return PublishedGraphs(model).step
+
+
+def _engines(config: InferenceSpeedConfig, model: PublishedModel, way: Way, batch: int) -> Calls:
+    """Our engines by name: frames a call, and the call. Each has graphs of its own, which take over its cache."""
+    device = torch.device(config.device)
     full = _full(model, batch, device)
     action = torch.zeros(batch, ACTION_SIZE, device=device)
     window = model.config.trunk.window
-    after, _ = model.step(full, action)  # no time position is left: the next step begins by sliding
-    long = dataclasses.replace(after, keep=window - 1)
+    calls: Calls = {}
+    if "cached" in config.engines:
+        step = _stepping(model, way)
+        calls["cached"] = 1, lambda: step(full, action)
+    # No time position is left afterwards: the next step begins by sliding, and what the cache held does not matter.
+    after, _ = model.step(full, action, in_place="cached" not in config.engines)
+    if "sliding" in config.engines:
+        slide = _stepping(model, way)
 
-    def cached() -> None:
-        model.step(full, action, in_place=True)
+        def sliding() -> None:
+            state = after
+            for _ in range(window - after.keep):
+                state, _ = slide(state, action)
 
-    def sliding() -> None:
-        state = after
-        for _ in range(window - after.keep):
-            state, _ = model.step(state, action, in_place=True)
-
-    def same_context() -> None:
-        model.step(long, action, in_place=True)
-
-    return {
-        "cached": (1, cached),
-        "sliding": (window - after.keep, sliding),
-        "same context": (1, same_context),
-    }
+        calls["sliding"] = window - after.keep, sliding
+    if "same context" in config.engines:
+        again, long = _stepping(model, way), dataclasses.replace(after, keep=window - 1)
+        calls["same context"] = 1, lambda: again(long, action)
+    return calls
 
 
 def _soft_models(config: InferenceSpeedConfig, name: str) -> Iterator[Dynamics]:
@@ -219,7 +259,7 @@ def _soft_models(config: InferenceSpeedConfig, name: str) -> Iterator[Dynamics]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = Dynamics(dataclasses.replace(named, trunk=trunk, head=head), [arm]).eval()
-        yield _prepared(config, model)
+        yield model.requires_grad_(False).to(config.device)
 
 
 def _soft_full(model: Dynamics, batch: int, device: torch.device) -> RolloutState:
@@ -234,7 +274,7 @@ def _soft_full(model: Dynamics, batch: int, device: torch.device) -> RolloutStat
     return state
 
 
-def _soft_ways(model: Dynamics, batch: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
+def _soft_ways(model: Dynamics, batch: int, device: torch.device) -> Calls:
     full, action = _soft_full(model, batch, device), torch.zeros(batch, ACTION_SIZE, device=device)
     head = model.config.head
     assert isinstance(head, SoftHeadConfig)
@@ -246,7 +286,9 @@ def _soft_ways(model: Dynamics, batch: int, device: torch.device) -> dict[str, t
     return {f"cached, {head.flow_steps}-step {name}": (1, cached)}
 
 
-def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) -> Callable[[], object]:
+def _reference_call(
+    theirs: Any, batch: int, side: int, device: torch.device, products: Products = "float32"
+) -> Callable[[], object]:
     """One frame of the reference: its masked generation with two passes over 12 frames."""
     generator = torch.Generator().manual_seed(1)
     prompt: Tensor = torch.randint(512**2, (batch, 12, side, side), generator=generator).to(device)
@@ -254,7 +296,8 @@ def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) ->
     actions = torch.zeros(batch, 12, ACTION_SIZE, device=device)
 
     def call() -> None:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        low = torch.autocast(device.type, torch.bfloat16, enabled=products == "bfloat16")
+        with contextlib.redirect_stderr(io.StringIO()), low:  # its progress bar
             theirs.maskgit_generate(
                 prompt.clone(), 11, maskgit_steps=2, temperature=0.0, action_ids=actions, domain=[DOMAIN]
             )
@@ -262,39 +305,99 @@ def _reference_call(theirs: Any, batch: int, side: int, device: torch.device) ->
     return call
 
 
-def _measure(
-    config: InferenceSpeedConfig, name: str, batch: int, model: PublishedModel | Dynamics, theirs: Any
-) -> list[Row]:
+@dataclass(frozen=True)
+class _Group:
+    """Measurements that are made together: of one model, batch, way and precision."""
+
+    name: str
+    batch: int
+    way: Way
+    precision: Products
+    calls: Callable[[], Calls]
+    cache_mb: float
+    weights_mb: float
+
+
+def _weights_mb(model: Any) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+def _groups(
+    config: InferenceSpeedConfig, name: str, model: PublishedModel | Dynamics, theirs: Any
+) -> Iterator[list[_Group]]:
+    """What is measured of a model, in an order in which what takes long comes last; those of a list can take turns."""
     device = torch.device(config.device)
-    ways = _soft_ways(model, batch, device) if isinstance(model, Dynamics) else _ways(model, batch, device)
+    shape = (config.layers, model.config.trunk.window, model.positions, model.config.trunk.width)
+    cache = 2 * math.prod(shape) * model.position_embedding.element_size() / 1e6
+    kinds: list[tuple[Way, Products, bool]] = []
     if theirs is not None:
-        ways["reference"] = (1, _reference_call(theirs, batch, config.side, device))
+        kinds += [("eager", products, True) for products in config.reference_precisions]
+    ways: tuple[Way, ...] = ("eager",) if isinstance(model, Dynamics) else config.ways
+    kinds += [(way, products, False) for way in ways for products in config.precisions]
+    by_batch: dict[int, list[_Group]] = {batch: [] for batch in config.batches}
+    for way, products, reference in kinds:
+        own = model if reference else _prepared(config, model, products)
+        for batch in config.batches:
+
+            def calls(
+                batch: int = batch,
+                way: Way = way,
+                products: Products = products,
+                own: Any = own,
+                reference: bool = reference,
+            ) -> Calls:
+                if reference:
+                    return {"reference": (1, _reference_call(theirs, batch, config.side, device, products))}
+                if isinstance(own, Dynamics):
+                    return _soft_ways(own, batch, device)
+                if way == "compiled-graphs":
+                    torch._dynamo.reset()  # it keeps a limited number of sizes
+                    own = copy.deepcopy(own)
+                    own.compile_step()
+                return _engines(config, own, way, batch)
+
+            sizes = (0.0, _weights_mb(theirs)) if reference else (cache, _weights_mb(own))
+            group = _Group(name, batch, way, products, calls, *sizes)
+            if device.type == "cuda":  # nothing beside it on a GPU: neither work nor memory
+                yield [group]
+            by_batch[batch].append(group)
+    if device.type != "cuda":
+        yield from by_batch.values()
+
+
+def _measure(config: InferenceSpeedConfig, groups: list[_Group]) -> list[Row]:
+    device = torch.device(config.device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    found = [(group, group.calls()) for group in groups]
     timings = time_calls(
-        {engine: call for engine, (_, call) in ways.items()},
+        {
+            f"{i} {engine}": in_products(group.precision, call)
+            for i, (group, calls) in enumerate(found)
+            for engine, (_, call) in calls.items()
+        },
         repeats=config.repeats,
         warmup=config.warmup,
         clock=config.clock,
         device=device,
     )
     peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
-    trunk = config.layers * model.config.trunk.window * model.positions * model.config.trunk.width
-    size = model.position_embedding.element_size()
-    weights = {True: sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6}
-    weights[False] = sum(p.numel() * p.element_size() for p in theirs.parameters()) / 1e6 if theirs is not None else 0.0
     return [
         Row(
-            name,
-            batch,
+            group.name,
+            group.batch,
             engine,
+            group.way,
+            group.precision,
             frames,
-            timings[engine],
-            weights[engine != "reference"],
-            0.0 if engine == "reference" else 2 * trunk * size / 1e6,
+            timings[f"{i} {engine}"],
+            group.weights_mb,
+            group.cache_mb,
             peak,
         )
-        for engine, (frames, _) in ways.items()
+        for i, (group, calls) in enumerate(found)
+        for engine, (frames, _) in calls.items()
     ]
 
 
@@ -317,28 +420,39 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
     """Run the benchmark and write its table; returns the paths."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device, begin = torch.device(config.device), time.perf_counter()
     reference = None if config.reference is None else load_reference(config.reference, config.reference_attention)
     rows: list[Row] = []
+    paths = _written(config, rows)
     for name, model, theirs in _models(config, reference):
-        for batch in config.batches:
+        for groups in _groups(config, name, model, theirs):
+            what = f"{name}, batch {groups[0].batch}, {groups[0].way}, {groups[0].precision}"
+            if config.seconds is not None and time.perf_counter() - begin > config.seconds:
+                print(f"{what}: left out, {config.seconds:.0f} seconds are over")
+                continue
             try:
                 with torch.inference_mode():
-                    rows += _measure(config, name, batch, model, theirs)
+                    rows += _measure(config, groups)
             except torch.cuda.OutOfMemoryError:
-                print(f"{name}: a batch of {batch} does not fit into the memory of {device}")
-                break
+                print(f"{what}: does not fit into the memory of {device}")
+                continue
             print(_table(rows).splitlines()[-1], flush=True)
-    facts = provenance(device)
+            paths = _written(config, rows)
+    return paths
+
+
+def _written(config: InferenceSpeedConfig, rows: list[Row]) -> tuple[Path, Path]:
+    device = torch.device(config.device)
     text = "\n\n".join(
         (
             "# Inference speed of the paper's models",
-            machine_lines(facts, config.clock),
-            f"Our matrix products in {config.precision}{', weights packed' if config.packed else ''}; reference: "
-            + ("none" if reference is None else f"its {config.reference_attention} attention, float32")
+            machine_lines(provenance(device), config.clock),
+            f"Our weights{' packed' if config.packed else ' as they are'}; reference: "
+            + ("none" if config.reference is None else f"with its {config.reference_attention} attention")
             + f". {config.layers} layers, {config.side} x {config.side} tokens and 64 action tokens a frame, 12 "
-            "frames, 2 unmasking passes a frame.",
-            _table(rows),
+            "frames, 2 unmasking passes a frame. Precision is that of products; ours is compared with the reference in "
+            "float32, and in the same precision where that was timed.",
+            _table(sorted(rows, key=lambda row: (row.model, config.batches.index(row.batch)))),
         )
     )
     plain = {**asdict(config), "reference": config.reference is not None, "out": config.out.name}
@@ -347,15 +461,17 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
 
 
 def _table(rows: list[Row]) -> str:
-    theirs = {(row.model, row.batch): row.frames_per_second for row in rows if row.engine == "reference"}
+    theirs = {(row.model, row.batch, row.precision): row.frames_per_second for row in rows if row.engine == "reference"}
     lines = []
     for row in rows:
         rate = row.timing.rate(row.batch * row.frames)
         scale = 1000 / row.frames
         percentiles = " / ".join(f"{scale * t:.3g}" for t in (row.timing.median.value, row.timing.p90, row.timing.p99))
-        baseline = theirs.get((row.model, row.batch))
-        ratio = f"{row.frames_per_second / baseline:.1f}" if baseline else ""
-        memory = (row.weights_mb, row.cache_mb)
-        lines.append([row.model, row.batch, row.engine, str(rate), percentiles, ratio, *memory, row.timing.repeats])
-    header = ("model", "batch", "engine", "frames/s", "ms a frame: 50 / 90 / 99 %", "times the reference")
-    return markdown_table((*header, "weights MB", "cache MB a rollout", "repeats"), lines)
+        baselines = (theirs.get((row.model, row.batch, products)) for products in ("float32", row.precision))
+        ratios = [f"{row.frames_per_second / baseline:.1f}" if baseline else "" for baseline in baselines]
+        memory = (row.weights_mb, row.cache_mb, row.timing.repeats)
+        ran = (row.engine, row.way, row.precision)
+        lines.append([row.model, row.batch, *ran, str(rate), percentiles, *ratios, *memory])
+    header = ("model", "batch", "engine", "run", "precision", "frames/s", "ms a frame: 50 / 90 / 99 %")
+    times = ("times the reference", "in the same precision")
+    return markdown_table((*header, *times, "weights MB", "cache MB a rollout", "repeats"), lines)

@@ -122,7 +122,7 @@ class PublishedState:
     def of_tensors(self, tensors: Mapping[str, Tensor]) -> PublishedState:
         """The same with other tensors, named as :meth:`tensors` does."""
         cache = Cache(**{f.name: tensors[f.name] for f in dataclasses.fields(Cache)})
-        rest = {name: tensors[name] for name in ("tokens_BWS", "actions_BWA", "seed_B")}
+        rest: dict[str, Any] = {name: tensors[name] for name in ("tokens_BWS", "actions_BWA", "seed_B")}
         return dataclasses.replace(self, cache=cache, **rest)
 
     def select(self, index_K: Tensor) -> PublishedState:

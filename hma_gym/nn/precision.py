@@ -8,7 +8,8 @@ itself: a rollout in bfloat16 is another rollout than one in float32.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from hma_gym.errors import InvalidArgument
 
 Precision = Literal["float32", "bfloat16"]
 
+#: How products of float32 networks are rounded, too: ``tf32`` is float32 with inputs of products cut to 10 bits.
+Products = Literal["float32", "tf32", "bfloat16"]
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -26,6 +30,21 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, on devices that know it."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may run in TF32 inside (NVIDIA GPUs): those of matrices and of convolutions.
+
+    PyTorch's own default allows it for convolutions alone. A CUDA graph keeps what held when it was recorded.
+    """
+    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.allow_tf32, convolutions.allow_tf32
+    matrices.allow_tf32, convolutions.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        matrices.allow_tf32, convolutions.allow_tf32 = before
 
 
 class LowLinear(nn.Linear):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from recorded import replay_on_the_host
 
 from hma_gym.benchmarks._reference import load_reference
 from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
@@ -22,6 +24,22 @@ def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
     assert all(row["timing"]["median"]["value"] > 0 for row in data["rows"])
     assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
     assert text.count("| base |") == 6 and "weights packed" in text
+    assert {(row["way"], row["precision"]) for row in data["rows"]} == {("eager", "float32")}
+
+
+def test_inference_speed_records_graphs_and_compares_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = replay_on_the_host(monkeypatch)
+    precisions = ("float32", "tf32", "bfloat16")
+    config = InferenceSpeedConfig(layers=1, side=2, repeats=1, ways=("graphs",), precisions=precisions, out=tmp_path)
+    rows = json.loads(inference_speed(config)[0].read_text())["rows"]
+    assert [(row["precision"], row["engine"]) for row in rows] == [
+        (precision, engine) for precision in precisions for engine in ("cached", "sliding", "same context")
+    ]
+    assert len(recorded) == 3 * 4  # sliding has two
+    late = dataclasses.replace(config, seconds=0.0)
+    assert json.loads(inference_speed(late)[0].read_text())["rows"] == []
 
 
 def test_the_soft_models_run_with_either_head(tmp_path: Path) -> None:

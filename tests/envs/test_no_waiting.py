@@ -22,7 +22,16 @@ from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 
 N = 2
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "is_nonzero", "lift_fresh", "equal"}
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique2",
+    "_unique2",
+    "is_nonzero",
+    "lift_fresh",
+    "equal",
+}
 
 
 class _Waits(TorchDispatchMode):
