@@ -93,7 +93,7 @@ class InferenceSpeedConfig:
         ways: how our discrete models run; ``eager``, or ``graphs`` and ``compiled-graphs`` on a GPU.
         engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
         packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
-        seconds: after so many no further measurement begins; None for no limit.
+        limit_s: after so many seconds no further measurement begins; None for no limit.
         repeats, warmup: timed calls of each, and calls before.
         clock: ``wall``, or ``cpu`` for a shared machine.
         device: where the models run.
@@ -111,7 +111,7 @@ class InferenceSpeedConfig:
     reference_precisions: tuple[Products, ...] = ("float32",)
     ways: tuple[Way, ...] = ("eager",)
     engines: tuple[Engine, ...] = ("cached", "sliding", "same context")
-    seconds: float | None = None
+    limit_s: float | None = None
     packed: bool = False
     repeats: int = 5
     warmup: int = 1
@@ -427,8 +427,8 @@ def inference_speed(config: InferenceSpeedConfig) -> tuple[Path, Path]:
     for name, model, theirs in _models(config, reference):
         for groups in _groups(config, name, model, theirs):
             what = f"{name}, batch {groups[0].batch}, {groups[0].way}, {groups[0].precision}"
-            if config.seconds is not None and time.perf_counter() - begin > config.seconds:
-                print(f"{what}: left out, {config.seconds:.0f} seconds are over")
+            if config.limit_s is not None and time.perf_counter() - begin > config.limit_s:
+                print(f"{what}: left out, {config.limit_s:.0f} seconds are over")
                 continue
             try:
                 with torch.inference_mode():

@@ -8,19 +8,20 @@
   (``--judge feature``);
 - ``ground truth``: the same task in MuJoCo with images, one process a core, each stepping as fast as it can, resets
   included; and robosuite's own image path (``plain``), at the same image size;
-- how a step's cost grows with the rollout's length and with the model's context.
+- how a step's cost grows with the rollout's length and with the model's context; on a GPU also its memory.
 
-Writes ``<out>/throughput.json`` and ``.md``.
+Writes ``<out>/throughput.json`` and ``.md``, anew after each measurement.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,21 @@ import gymnasium
 import numpy as np
 import torch
 
-from hma_gym.benchmarks._timing import Clock, Timing, machine_lines, markdown_table, time_calls, write_results
+from hma_gym.benchmarks._timing import (
+    Clock,
+    Timing,
+    in_products,
+    machine_lines,
+    markdown_table,
+    time_calls,
+    write_results,
+)
 from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint
 from hma_gym.dynamics.compiled import with_compilation
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
-from hma_gym.dynamics.steppers import CudaGraphs, Sketch
+from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Sketch, SketchGraphs
 from hma_gym.envs.tasks import Task, get_task
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
@@ -43,12 +52,17 @@ from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.extras import require
 from hma_gym.metrics.statistics import Interval
-from hma_gym.nn.precision import Precision
+from hma_gym.nn.precision import Products, tensor_float32
 
 Renderer = Literal["ours", "plain"]
-Way = Literal["eager", "packed", "compiled", "graphs", "sketch"]
+Way = Literal["eager", "packed", "compiled", "graphs", "compiled-graphs", "sketch", "sketch-graphs"]
 
-_STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {"graphs": CudaGraphs, "sketch": Sketch}
+_STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {
+    "graphs": CudaGraphs,
+    "compiled-graphs": CudaGraphs,
+    "sketch": Sketch,
+    "sketch-graphs": SketchGraphs,
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,10 @@ class ThroughputConfig:
         checkpoint: name, folder or hub id; None takes the task's own.
         envs: numbers of learned environments in one vector environment.
         chunk: steps of a chunk.
-        precisions: of the learned world's matrix products.
+        precisions: of the learned world's matrix products; ``tf32`` is for GPUs.
         ways: how its steps run; ``packed`` has the weights rearranged for the CPU, ``compiled`` compiles for each
             number of environments first, ``graphs`` needs a GPU; ``sketch`` steps by the body alone.
+        limit_s: after so many seconds no further learned environments are timed; None for no limit.
         judge: ``classifier`` or ``feature``, the checkpoint's own; None takes the classifier where there is one.
         repeats, warmup: timed calls of each, and calls before.
         growth_repeats: the same of the single model steps whose costs are compared.
@@ -83,8 +98,9 @@ class ThroughputConfig:
     checkpoint: str | None = None
     envs: tuple[int, ...] = (1, 8, 32)
     chunk: int = 8
-    precisions: tuple[Precision, ...] = ("float32",)
+    precisions: tuple[Products, ...] = ("float32",)
     ways: tuple[Way, ...] = ("eager",)
+    limit_s: float | None = None
     judge: str | None = None
     repeats: int = 20
     warmup: int = 3
@@ -115,7 +131,7 @@ class LearnedRow:
     """One vector environment: its size, its precision, how its steps run, and how long a step and a chunk take."""
 
     envs: int
-    precision: Precision
+    precision: Products
     way: Way
     step: Timing
     chunk: Timing
@@ -134,55 +150,75 @@ class GroundTruthRow:
 
 @dataclass(frozen=True)
 class GrowthRow:
-    """The cost of one model step under a condition, e.g. at a step or with a context."""
+    """The cost of one model step under a condition, e.g. at a step or with a context; and by how much the GPU's memory
+    in use grew over the steps before (0 on a CPU)."""
 
     what: str
     at: int
     timing: Timing
+    grown_mb: float = 0.0
 
 
 # ------------------------------------------------------------------ the learned world
 
 
-def checkpoint_in_precision(source: str | None, precision: Precision, device: str) -> Checkpoint:
-    """Load a checkpoint and choose its precision.
+def checkpoint_in_precision(source: str | None, products: Products, device: str) -> Checkpoint:
+    """Load a checkpoint and choose its precision; TF32 is up to each call, see
+    :func:`hma_gym.benchmarks._timing.in_products`.
 
     Raises:
         InvalidArgument: None, which is what a task without a checkpoint has.
     """
     if source is None:
         raise InvalidArgument("the task has no checkpoint of its own; pass checkpoint.")
-    return with_precision(load_checkpoint(source, device=device), precision)
+    return with_precision(load_checkpoint(source, device=device), "bfloat16" if products == "bfloat16" else "float32")
 
 
-def _checkpoint(config: ThroughputConfig, precision: Precision) -> Checkpoint:
+def _checkpoint(config: ThroughputConfig, precision: Products) -> Checkpoint:
     source = config.checkpoint if config.checkpoint is not None else get_task(config.task).checkpoint
     return checkpoint_in_precision(source, precision, config.device)
 
 
-def _world(config: ThroughputConfig, precision: Precision, way: Way, count: int) -> LearnedWorld:
+def _world(config: ThroughputConfig, precision: Products, way: Way, count: int) -> LearnedWorld:
     checkpoint = _checkpoint(config, precision)
     if way == "packed":
         checkpoint = with_packed_weights(checkpoint, count)
-    elif way == "compiled":
+    elif way in ("compiled", "compiled-graphs"):
+        torch._dynamo.reset()  # it keeps a limited number of sizes
         checkpoint = with_compilation(checkpoint)
     return LearnedWorld(checkpoint, judge=config.judge, stepper=_STEPPERS.get(way))
 
 
-def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
-    """All precisions and ways at one number of environments, interleaved."""
+_Kind = tuple[int, Products, Way]
+
+
+def _kinds(config: ThroughputConfig) -> Iterator[list[_Kind]]:
+    """Numbers of environments, precisions and ways, those together that can take turns: on a GPU none, for memory."""
+    if torch.device(config.device).type == "cuda":
+        for way, precision, count in itertools.product(config.ways, config.precisions, config.envs):
+            yield [(count, precision, way)]
+        return
+    for count in config.envs:
+        yield [(count, precision, way) for precision, way in itertools.product(config.precisions, config.ways)]
+
+
+def _learned(config: ThroughputConfig, kinds: list[_Kind]) -> list[LearnedRow]:
+    """Some kinds, interleaved."""
     calls: dict[str, Callable[[], object]] = {}
-    sizes: dict[tuple[Precision, Way], float] = {}
-    for precision, way in itertools.product(config.precisions, config.ways):
+    sizes: dict[_Kind, float] = {}
+    for count, precision, way in kinds:
         envs = HMAVectorEnv(count, config.task, _world(config, precision, way, count), output="torch", render_mode=None)
         envs.reset(seed=0)
         envs.action_space.seed(0)
         action = torch.from_numpy(envs.action_space.sample()).to(config.device)
         actions = action[:, None].repeat(1, config.chunk, 1)
-        calls[f"step {precision} {way}"] = lambda envs=envs, action=action: envs.step(action)  # type: ignore[misc]
-        calls[f"chunk {precision} {way}"] = lambda envs=envs, actions=actions: envs.step_chunk(actions)  # type: ignore[misc]
+        ran: dict[str, Callable[[], object]] = {
+            "step": lambda envs=envs, action=action: envs.step(action),  # type: ignore[misc]
+            "chunk": lambda envs=envs, actions=actions: envs.step_chunk(actions),  # type: ignore[misc]
+        }
+        calls |= {f"{name} {count} {precision} {way}": in_products(precision, call) for name, call in ran.items()}
         tensors = envs.save_state()["tensors"].values()
-        sizes[precision, way] = sum(x.numel() * x.element_size() for x in tensors) / count / 1e6
+        sizes[count, precision, way] = sum(x.numel() * x.element_size() for x in tensors) / count / 1e6
     timings = time_calls(
         calls,
         repeats=config.repeats,
@@ -191,8 +227,15 @@ def _learned(config: ThroughputConfig, count: int) -> list[LearnedRow]:
         device=torch.device(config.device),
     )
     return [
-        LearnedRow(count, p, way, timings[f"step {p} {way}"], timings[f"chunk {p} {way}"], size)
-        for (p, way), size in sizes.items()
+        LearnedRow(
+            count,
+            precision,
+            way,
+            timings[f"step {count} {precision} {way}"],
+            timings[f"chunk {count} {precision} {way}"],
+            size,
+        )
+        for (count, precision, way), size in sizes.items()
     ]
 
 
@@ -260,19 +303,29 @@ def _ground_truth(config: ThroughputConfig, renderer: Renderer, size: int) -> Gr
 
 
 def _growth(config: ThroughputConfig) -> list[GrowthRow]:
-    """A model step after ``early`` and ``late`` steps (interleaved), and with other windows."""
+    """A model step after ``early`` and ``late`` steps (interleaved), and with other windows; as graphs if those were
+    asked for."""
     checkpoint = _checkpoint(config, "float32")
     device, B = torch.device(config.device), config.context_envs
     frames = torch.from_numpy(checkpoint.starts.frames_NHWC[:1]).to(device).expand(B, -1, -1, -1)
     pose = torch.from_numpy(checkpoint.starts.agent_pos_NP[:1]).to(device).expand(B, -1)
     tokens = checkpoint.tokenizer.encode(frames)
     action = torch.zeros(B, checkpoint.dynamics.action_size, device=device)
+    recorded = device.type == "cuda" and any("graphs" in way for way in config.ways)
+    grown: dict[int, float] = {}
+
+    def used() -> float:
+        return torch.cuda.memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
 
     def after(model: Dynamics, steps: int) -> Callable[[], object]:
-        state = model.start(tokens, pose, torch.arange(B, device=device))
-        for _ in range(steps):
-            state, _ = model.step(state, action, in_place=True)
-        return lambda: model.step(state, action, in_place=True)
+        stepper = CudaGraphs(model) if recorded else InOrder(model)
+        state, before = model.start(tokens, pose, torch.arange(B, device=device)), 0.0
+        for step in range(steps):
+            state, _ = stepper.step(state, action)
+            if step + 1 == min(config.early, steps):
+                before = used()
+        grown[steps] = used() - before
+        return lambda: stepper.step(state, action)
 
     def measure(what: str, calls: dict[int, Callable[[], object]]) -> list[GrowthRow]:
         timings = time_calls(
@@ -282,7 +335,7 @@ def _growth(config: ThroughputConfig) -> list[GrowthRow]:
             clock=config.clock,
             device=device,
         )
-        return [GrowthRow(what, at, timings[str(at)]) for at in calls]
+        return [GrowthRow(what, at, timings[str(at)], grown[at] if what == "step" else 0.0) for at in calls]
 
     model = checkpoint.dynamics
     rows = measure("step", {at: after(model, at) for at in (config.early, config.late)})
@@ -303,12 +356,35 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
     """Run the benchmark and write its tables; returns the paths."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    size = _checkpoint(config, "float32").tokenizer.image_size[0]
-    learned = [row for count in config.envs for row in _learned(config, count)]
+    size, device = _checkpoint(config, "float32").tokenizer.image_size[0], torch.device(config.device)
     truth = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]
-    with torch.inference_mode():
+    begin, learned = time.perf_counter(), list[LearnedRow]()
+    with torch.inference_mode(), tensor_float32(False):
         growth = _growth(config)
+    paths = _written(config, size, learned, truth, growth)
+    for kinds in _kinds(config):
+        if config.limit_s is not None and time.perf_counter() - begin > config.limit_s:
+            print(f"{kinds}: left out, {config.limit_s:.0f} seconds are over")
+            continue
+        try:
+            learned += _learned(config, kinds)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{kinds}: does not fit into the memory of {device}")
+        gc.collect()  # rollouts of many environments are gigabytes
+        paths = _written(config, size, learned, truth, growth)
+        print(_learned_table(learned, config.chunk, 0.0).splitlines()[-1], flush=True)
+    return paths
+
+
+def _written(
+    config: ThroughputConfig,
+    size: int,
+    learned: list[LearnedRow],
+    truth: list[GroundTruthRow],
+    growth: list[GrowthRow],
+) -> tuple[Path, Path]:
     device = torch.device(config.device)
+    learned = sorted(learned, key=lambda row: config.envs.index(row.envs))
     best = max((row.steps_per_second for row in truth), default=0.0)
     parts = [
         "# Throughput of the learned and the true simulator",
@@ -354,7 +430,8 @@ def _growth_table(rows: list[GrowthRow]) -> str:
             row.at,
             1000 * row.timing.median.value,
             row.timing.median.value / first[row.what].timing.median.value,
+            row.grown_mb,
         )
         for row in rows
     ]
-    return markdown_table(("what", "at", "ms a step", "relative"), lines)
+    return markdown_table(("what", "at", "ms a step", "relative", "memory grown, MB"), lines)

@@ -38,7 +38,7 @@ def test_inference_speed_records_graphs_and_compares_precisions(
         (precision, engine) for precision in precisions for engine in ("cached", "sliding", "same context")
     ]
     assert len(recorded) == 3 * 4  # sliding has two
-    late = dataclasses.replace(config, seconds=0.0)
+    late = dataclasses.replace(config, limit_s=0.0)
     assert json.loads(inference_speed(late)[0].read_text())["rows"] == []
 
 
