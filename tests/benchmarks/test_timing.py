@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded import replay_on_the_host
 
 from hma_gym.benchmarks._timing import markdown_table, summary, time_calls
 from hma_gym.benchmarks.profile import ProfileConfig, profile
@@ -93,6 +94,18 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
         ThroughputConfig(early=5, late=5)
 
 
+def test_a_profile_of_graphs_has_the_parts_in_both_ways(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay_on_the_host(monkeypatch)
+    config = ProfileConfig(
+        checkpoint=str(toy_folder), envs=(2,), ways=("eager", "graphs"), repeats=1, matrix=64, copy_mb=1, out=tmp_path
+    )
+    parts = _read(profile(config))[0]["profiles"][0]["parts"]
+    plain = [name for name in parts if not name.endswith(", graphs")]
+    assert len(plain) == 6 and list(parts) == [*plain, *(f"{name}, graphs" for name in plain)]
+
+
 def test_profile_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
     config = ProfileConfig(checkpoint=str(toy_folder), envs=(2,), repeats=2, matrix=64, copy_mb=1, out=tmp_path)
     data, text = _read(profile(config))
@@ -101,6 +114,6 @@ def test_profile_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
     assert {"step of the environment", "model step", "trunk", "decoder"} <= found["parts"].keys()
     seconds = [operation["seconds"] for operation in found["operations"]]
     assert seconds == sorted(seconds, reverse=True)
-    assert "percent of the matrix rate" in text
+    assert "percent of the matrix rate" in text and found["trunk_moved"] > found["trunk_bytes"]
     with pytest.raises(InvalidArgument, match="envs"):
         ProfileConfig(envs=())
