@@ -63,6 +63,7 @@ def time_calls(
     warmup: int = 1,
     clock: Clock = "wall",
     device: torch.device | None = None,
+    limit_s: float | None = None,
 ) -> dict[str, Timing]:
     """Time callables against each other.
 
@@ -70,6 +71,7 @@ def time_calls(
         candidates: by name; each is called ``warmup`` times, then once in each of ``repeats`` rounds.
         clock: ``wall``, or ``cpu`` for the processor time of this process.
         device: a CUDA device is waited for before the clock is read.
+        limit_s: after so many seconds of rounds, and three of them, no further one begins; None for no limit.
 
     Raises:
         InvalidArgument: fewer than one repeat, or processor time asked for work on a GPU.
@@ -89,7 +91,10 @@ def time_calls(
         for _ in range(warmup):
             call()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+    first = time.perf_counter()
+    for done in range(repeats):
+        if limit_s is not None and done >= 3 and time.perf_counter() - first > limit_s:
+            break
         for name, call in candidates.items():
             wait()
             begin = now()

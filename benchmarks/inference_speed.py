@@ -16,7 +16,7 @@ The soft models (MAR) make one frame with a full context in the cache, sampled b
 few-step head in its place; both with two unmasking passes.
 
 ``--ways graphs`` records the steps of the discrete models as CUDA graphs, ``compiled-graphs`` compiles them first (half
-a minute for each batch). ``--precisions`` and ``--reference-precisions`` choose how products are rounded; the reference
+a minute for each batch), ``tuned-graphs`` tries many kernels for them. ``--precisions`` and ``--reference-precisions`` choose how products are rounded; the reference
 as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
 
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
@@ -72,7 +72,7 @@ from hma_gym.nn.precision import ModuleT, Products, in_precision
 WIDTHS = {"base": 256, "xl": 1024}
 #: The paper's soft models, by their names in :data:`hma_gym.dynamics.sizes.MODELS`.
 SOFT_MODELS = ("mar-base", "mar-xl")
-Way = Literal["eager", "graphs", "compiled-graphs"]
+Way = Literal["eager", "graphs", "compiled-graphs", "tuned-graphs"]
 Engine = Literal["cached", "sliding", "same context"]
 DOMAIN = "arm"
 ACTION_SIZE = 7
@@ -90,11 +90,12 @@ class InferenceSpeedConfig:
             PyTorch's where that is not installed).
         precisions: of our matrix products; ``tf32`` is for GPUs.
         reference_precisions: likewise of the reference, whose float32 is what ours is compared with.
-        ways: how our discrete models run; ``eager``, or ``graphs`` and ``compiled-graphs`` on a GPU.
+        ways: how our discrete models run; ``eager``, or ``graphs``, ``compiled-graphs`` and ``tuned-graphs`` on a GPU.
         engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
         packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
         limit_s: after so many seconds no further measurement begins; None for no limit.
         repeats, warmup: timed calls of each, and calls before.
+        each_s: fewer repeats where they would take more seconds, but three; None for no limit.
         clock: ``wall``, or ``cpu`` for a shared machine.
         device: where the models run.
         threads: torch threads; None leaves torch's choice.
@@ -115,6 +116,7 @@ class InferenceSpeedConfig:
     packed: bool = False
     repeats: int = 5
     warmup: int = 1
+    each_s: float | None = None
     clock: Clock = "wall"
     device: str = "cpu"
     threads: int | None = None
@@ -350,10 +352,10 @@ def _groups(
                     return {"reference": (1, _reference_call(theirs, batch, config.side, device, products))}
                 if isinstance(own, Dynamics):
                     return _soft_ways(own, batch, device)
-                if way == "compiled-graphs":
+                if way in ("compiled-graphs", "tuned-graphs"):
                     torch._dynamo.reset()  # it keeps a limited number of sizes
                     own = copy.deepcopy(own)
-                    own.compile_step()
+                    own.compile_step(tuned=way == "tuned-graphs")
                 return _engines(config, own, way, batch)
 
             sizes = (0.0, _weights_mb(theirs)) if reference else (cache, _weights_mb(own))
@@ -381,6 +383,7 @@ def _measure(config: InferenceSpeedConfig, groups: list[_Group]) -> list[Row]:
         warmup=config.warmup,
         clock=config.clock,
         device=device,
+        limit_s=config.each_s,
     )
     peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
     return [

@@ -377,8 +377,9 @@ def _tables(found: StepProfile, limits: Limits) -> str:
             f"## {found.envs} environments",
             markdown_table(("part", "ms", "of the longest step"), parts),
             f"Trunk: {found.trunk_flop / 1e9:.2f} GFLOP, {products:.2f} ms at the matrix rate; "
-            f"{found.trunk_bytes / 1e6:.0f} MB at least, {least:.2f} ms at the copy rate; {found.trunk_moved / 1e6:.0f} MB "
-            f"read and written by its operations one by one, {moved:.2f} ms. What it reaches:",
+            f"{found.trunk_bytes / 1e6:.0f} MB at least, {least:.2f} ms at the copy rate; "
+            f"{found.trunk_moved / 1e6:.0f} MB read and written by its operations one by one, {moved:.2f} ms. What it "
+            "reaches:",
             markdown_table(("", "ms", "GFLOP/s", "percent of the matrix rate"), lines),
             "The slowest operations of a model step, timed one by one:",
             markdown_table(("operation", "shapes", "ms a step", "calls"), operations),

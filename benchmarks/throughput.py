@@ -207,8 +207,11 @@ def _learned(config: ThroughputConfig, kinds: list[_Kind]) -> list[LearnedRow]:
     calls: dict[str, Callable[[], object]] = {}
     sizes: dict[_Kind, float] = {}
     for count, precision, way in kinds:
-        envs = HMAVectorEnv(count, config.task, _world(config, precision, way, count), output="torch", render_mode=None)
-        envs.reset(seed=0)
+        with tensor_float32(precision == "tf32"):  # graphs are recorded as early as at a reset
+            envs = HMAVectorEnv(
+                count, config.task, _world(config, precision, way, count), output="torch", render_mode=None
+            )
+            envs.reset(seed=0)
         envs.action_space.seed(0)
         action = torch.from_numpy(envs.action_space.sample()).to(config.device)
         actions = action[:, None].repeat(1, config.chunk, 1)

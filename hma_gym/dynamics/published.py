@@ -189,10 +189,11 @@ class PublishedModel(nn.Module):
         logits = None if index else self.head.logits_out(features_BND)
         return self.head.merge(tokens, new, masked_BN), after, logits
 
-    def compile_step(self) -> None:
+    def compile_step(self, tuned: bool = False) -> None:
         """Let :meth:`step` run through ``torch.compile``: the trunk's blocks, embedding and unmasking, each by itself,
-        and again for another number of rows."""
-        self.trunk.compile_extend()
+        and again for another number of rows; ``tuned`` as for the trunk's
+        :meth:`~hma_gym.nn.transformer.SpaceTimeTransformer.compile_extend`."""
+        self.trunk.compile_extend(tuned)
         for name in ("_embed", "_told", "_filled"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 

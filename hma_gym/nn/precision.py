@@ -1,8 +1,9 @@
 """Matrix products in a lower precision than everything else, for rollouts and decoding.
 
 Weights of linear and convolution layers are held in, and multiplied in, bfloat16; what comes out is float32 again, so
-that norms, softmax, the residual stream and the cache lose nothing. It is chosen by whoever loads a model, and never by
-itself: a rollout in bfloat16 is another rollout than one in float32.
+that norms, softmax, the residual stream and the cache lose nothing. (On a GPU the products of attention within a frame
+are in bfloat16, too.) It is chosen by whoever loads a model, and never by itself: a rollout in bfloat16 is another
+rollout than one in float32.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ class Block(nn.Module):
         B, T, N, D = x_BTND.shape
         qkv = self.spatial.qkv(self._normalise(x_BTND, modulation_BTMD, 0))
         q, k, v = qkv.view(B * T, N, 3, self.config.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v, self.scale, how=self.config.attention)
+        if x_BTND.is_cuda and self.spatial.qkv.weight.dtype == torch.bfloat16:  # rounded as all products are
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        y = attend(q, k, v, self.scale, how=self.config.attention).to(x_BTND.dtype)
         x_BTND = x_BTND + self.spatial.out(y.transpose(1, 2).reshape(B, T, N, D))
         if self.mix is not None:
             shift, scale = modulation_BTMD[:, :, 0, None], modulation_BTMD[:, :, 1, None]
@@ -224,10 +226,15 @@ class SpaceTimeTransformer(nn.Module):
         self._where = SpaceTimeTransformer.where
         self.init_weights()
 
-    def compile_extend(self) -> None:
+    def compile_extend(self, tuned: bool = False) -> None:
         """Let ``extend`` run its blocks through ``torch.compile``: one graph, which all blocks share. On a GPU also
-        what says which frames see which, dozens of tiny operations."""
-        self._extend_block = torch.compile(Block.extend, dynamic=False, fullgraph=True)
+        what says which frames see which, dozens of tiny operations.
+
+        Args:
+            tuned: try many kernels for each product first, those too that do what follows it (a minute, for a GPU).
+        """
+        mode = "max-autotune-no-cudagraphs" if tuned else None
+        self._extend_block = torch.compile(Block.extend, dynamic=False, fullgraph=True, mode=mode)
         if next(self.parameters()).is_cuda:
             self._where = torch.compile(SpaceTimeTransformer.where, dynamic=False, fullgraph=True)
 

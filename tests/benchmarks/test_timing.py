@@ -33,6 +33,11 @@ def test_calls_take_turns_after_their_warm_up() -> None:
     assert {name: timing.repeats for name, timing in timings.items()} == {"a": 3, "b": 3}
 
 
+def test_no_round_begins_after_the_limit_but_three() -> None:
+    timings = time_calls({"sleep": lambda: time.sleep(0.02)}, repeats=100, limit_s=0.01)
+    assert timings["sleep"].repeats == 3
+
+
 def test_wall_time_sees_a_sleep_and_processor_time_does_not() -> None:
     def sleep() -> None:
         time.sleep(0.05)

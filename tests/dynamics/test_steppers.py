@@ -184,7 +184,9 @@ def test_cuda_graphs_equal_one_operation_after_the_other(kind: type[CudaGraphs],
 def test_graphs_of_compiled_networks_equal_eager_ones() -> None:
     checkpoint = toy_checkpoint().to("cuda")
     fast = with_compilation(checkpoint)
-    _assert_alike(_steps(checkpoint, InOrder(checkpoint.dynamics)), _steps(fast, CudaGraphs(fast.dynamics)))
+    expected = _steps(checkpoint, InOrder(checkpoint.dynamics))
+    # Sums in another order; the toy's large weights make more of the difference at each step.
+    _assert_alike(expected, _steps(fast, CudaGraphs(fast.dynamics)), tolerance=5e-3)
 
 
 def test_batches_side_by_side_have_memory_of_their_own(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

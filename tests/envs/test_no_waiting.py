@@ -20,6 +20,7 @@ from hma_gym.dynamics.published import PublishedConfig, PublishedModel, publishe
 from hma_gym.dynamics.steppers import CudaGraphs, Sketch, SketchGraphs
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
+from hma_gym.nn.precision import tensor_float32
 
 N = 2
 WAITING = {
@@ -91,7 +92,33 @@ def test_no_published_frame_waits() -> None:
         assert waits.found == []
 
 
-@pytest.mark.parametrize(("stepper", "plain"), [(CudaGraphs, None), (SketchGraphs, Sketch)])
+STEPPERS = [(CudaGraphs, None), (SketchGraphs, Sketch)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("stepper", "plain"), STEPPERS)
+def test_on_a_gpu_a_recorded_world_is_the_same_world(stepper: Any, plain: Any) -> None:
+    lift = load_checkpoint("lift-64", device="cuda")
+    host = HMAVectorEnv(N, checkpoint=LearnedWorld(load_checkpoint("lift-64"), stepper=plain), max_episode_steps=6)
+    ours, theirs = (
+        HMAVectorEnv(N, checkpoint=LearnedWorld(lift, stepper=kind), max_episode_steps=6, obs_type="pixels_agent_pos")
+        for kind in (stepper, plain)
+    )
+    with tensor_float32(False):
+        for envs in (ours, theirs, host):
+            envs.reset(seed=0)
+        ours.action_space.seed(0)
+        for _ in range(10):
+            actions = ours.action_space.sample()
+            (seen, *mine), (other, *their), (true, *_) = (envs.step(actions) for envs in (ours, theirs, host))
+            assert np.abs(seen["pixels"].astype(int) - other["pixels"]).max() <= 1
+            assert np.abs(seen["pixels"].astype(int) - true).max() <= 3
+            assert np.allclose(seen["agent_pos"], other["agent_pos"], atol=1e-5)
+            for ours_N, theirs_N in zip(mine[:3], their[:3], strict=True):
+                assert np.array_equal(ours_N, theirs_N)
+
+
+@pytest.mark.parametrize(("stepper", "plain"), STEPPERS)
 def test_a_recorded_world_is_the_same_world(
     lift: Checkpoint, monkeypatch: pytest.MonkeyPatch, stepper: Any, plain: Any
 ) -> None:
