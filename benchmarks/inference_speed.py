@@ -16,8 +16,8 @@ The soft models (MAR) make one frame with a full context in the cache, sampled b
 few-step head in its place; both with two unmasking passes.
 
 ``--ways graphs`` records the steps of the discrete models as CUDA graphs, ``compiled-graphs`` compiles them first (half
-a minute for each batch), ``tuned-graphs`` tries many kernels for them. ``--precisions`` and ``--reference-precisions`` choose how products are rounded; the reference
-as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
+a minute for each batch), ``tuned-graphs`` tries many kernels for them. ``--precisions`` and ``--reference-precisions``
+choose how products are rounded; the reference as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
 
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
 ``<out>/inference_speed.json`` and ``.md``, anew after each measurement.
@@ -215,6 +215,15 @@ def _stepping(model: PublishedModel, way: Way) -> Callable[[PublishedState, Tens
     return PublishedGraphs(model).step
 
 
+def _compiled(model: PublishedModel, way: Way) -> PublishedModel:
+    if way not in ("compiled-graphs", "tuned-graphs"):
+        return model
+    torch._dynamo.reset()  # it keeps a limited number of sizes
+    model = copy.deepcopy(model)
+    model.compile_step(tuned=way == "tuned-graphs")
+    return model
+
+
 def _engines(config: InferenceSpeedConfig, model: PublishedModel, way: Way, batch: int) -> Calls:
     """Our engines by name: frames a call, and the call. Each has graphs of its own, which take over its cache."""
     device = torch.device(config.device)
@@ -222,11 +231,12 @@ def _engines(config: InferenceSpeedConfig, model: PublishedModel, way: Way, batc
     action = torch.zeros(batch, ACTION_SIZE, device=device)
     window = model.config.trunk.window
     calls: Calls = {}
+    # No time position is left afterwards: the next step begins by sliding, and what the cache held does not matter.
+    after, _ = model.step(full, action, in_place="cached" not in config.engines)
+    model = _compiled(model, way)
     if "cached" in config.engines:
         step = _stepping(model, way)
         calls["cached"] = 1, lambda: step(full, action)
-    # No time position is left afterwards: the next step begins by sliding, and what the cache held does not matter.
-    after, _ = model.step(full, action, in_place="cached" not in config.engines)
     if "sliding" in config.engines:
         slide = _stepping(model, way)
 
@@ -352,10 +362,6 @@ def _groups(
                     return {"reference": (1, _reference_call(theirs, batch, config.side, device, products))}
                 if isinstance(own, Dynamics):
                     return _soft_ways(own, batch, device)
-                if way in ("compiled-graphs", "tuned-graphs"):
-                    torch._dynamo.reset()  # it keeps a limited number of sizes
-                    own = copy.deepcopy(own)
-                    own.compile_step(tuned=way == "tuned-graphs")
                 return _engines(config, own, way, batch)
 
             sizes = (0.0, _weights_mb(theirs)) if reference else (cache, _weights_mb(own))
