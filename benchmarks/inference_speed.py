@@ -201,7 +201,7 @@ def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedS
     state = model.start(tokens, torch.arange(batch))
     action = torch.zeros(batch, ACTION_SIZE, device=device)
     for _ in range(model.config.trunk.window - 2):
-        state = model.observe(state, action, tokens)
+        state = model.observe(state, action, tokens, in_place=True)
     return state
 
 

@@ -55,13 +55,16 @@ from hma_gym.metrics.statistics import Interval
 from hma_gym.nn.precision import Products, tensor_float32
 
 Renderer = Literal["ours", "plain"]
-Way = Literal["eager", "packed", "compiled", "graphs", "compiled-graphs", "sketch", "sketch-graphs"]
+Way = Literal[
+    "eager", "packed", "compiled", "graphs", "compiled-graphs", "sketch", "sketch-graphs", "compiled-sketch-graphs"
+]
 
 _STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {
     "graphs": CudaGraphs,
     "compiled-graphs": CudaGraphs,
     "sketch": Sketch,
     "sketch-graphs": SketchGraphs,
+    "compiled-sketch-graphs": SketchGraphs,
 }
 
 
@@ -183,7 +186,7 @@ def _world(config: ThroughputConfig, precision: Products, way: Way, count: int) 
     checkpoint = _checkpoint(config, precision)
     if way == "packed":
         checkpoint = with_packed_weights(checkpoint, count)
-    elif way in ("compiled", "compiled-graphs"):
+    elif way.startswith("compiled"):
         torch._dynamo.reset()  # it keeps a limited number of sizes
         checkpoint = with_compilation(checkpoint)
     return LearnedWorld(checkpoint, judge=config.judge, stepper=_STEPPERS.get(way))

@@ -5,8 +5,9 @@
 >>> fast = with_compilation(load_checkpoint("lift-64"))  # doctest: +SKIP
 >>> envs = gymnasium.make_vec("HMA-Lift-v0", num_envs=32, checkpoint=fast)  # doctest: +SKIP
 
-Compiled are the trunk's blocks (once for all of them), the token head's noise model, and the tokenizer's decoder. Each
-is compiled at its first use with a number of rows, and again for another number. Frames differ from those of the same
+Compiled are the trunk's blocks (once for all of them), the token head's noise model, and the tokenizer's decoder; on a
+GPU, where each of their hundreds of tiny operations is a launch, also the bodies. Each is compiled at its first use with
+a number of rows, and again for another number. Frames differ from those of the same
 networks uncompiled by float rounding.
 """
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.dynamics.mar import NoiseModel
+from hma_gym.dynamics.model import Dynamics
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.transformer import SpaceTimeTransformer
 from hma_gym.tokenizers.conv import Decoder
@@ -38,6 +40,8 @@ def compiled(network: nn.Module) -> nn.Module:
     for part in twin.modules():
         if isinstance(part, SpaceTimeTransformer):
             part.compile_extend()
+        elif isinstance(part, Dynamics) and part.position_embedding.is_cuda:
+            part.compile_bodies()
         elif isinstance(part, (NoiseModel, Decoder)):
             part.compile(dynamic=False, fullgraph=True)
     return twin

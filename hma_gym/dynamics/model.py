@@ -41,6 +41,7 @@ from hma_gym.dynamics.masking import masked_after, training_mask, unmask
 from hma_gym.dynamics.pose import Pose, clip_poses, first_pose
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument, UnknownName
+from hma_gym.nn.compiling import compile_methods
 from hma_gym.nn.parameters import ParameterGroup, silence, weight_of
 from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, TrunkConfig
 
@@ -458,6 +459,13 @@ class Dynamics(nn.Module):
         """Leave the bodies as they were trained by themselves."""
         for index in range(len(self.domains)):
             self.adapter(index).body.requires_grad_(False)
+
+    def compile_bodies(self) -> None:
+        """Let what the bodies foretell and draw, and what the trunk is told of it, run through ``torch.compile``."""
+        for index in range(len(self.domains)):
+            adapter = self.adapter(index)
+            compile_methods(adapter.body, ("coasted", "drawn"), fullgraph=False)
+            compile_methods(adapter, ("embed_pose",), fullgraph=False)
 
     # ------------------------------------------------------------------ domains
 

@@ -35,6 +35,7 @@ from hma_gym.dynamics.masking import masked_after, unmask
 from hma_gym.dynamics.model import ModulationBank
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument
 from hma_gym.nn import graphs
+from hma_gym.nn.compiling import compile_methods
 from hma_gym.nn.parameters import misfits
 from hma_gym.nn.transformer import Block, Cache, SpaceTimeTransformer, TrunkConfig
 
@@ -194,8 +195,7 @@ class PublishedModel(nn.Module):
         and again for another number of rows; ``tuned`` as for the trunk's
         :meth:`~hma_gym.nn.transformer.SpaceTimeTransformer.compile_extend`."""
         self.trunk.compile_extend(tuned)
-        for name in ("_embed", "_told", "_filled"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
+        compile_methods(self, ("_embed", "_told", "_filled"), fullgraph=True)
 
     def logits(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTA: Tensor) -> Tensor:
         """All logits of a clip, without a cache: (B, T, N, F), F the sizes of the vocabulary's factors, in turn.
@@ -237,14 +237,16 @@ class PublishedModel(nn.Module):
         )
 
     @torch.no_grad()
-    def observe(self, state: PublishedState, action_BA: Tensor, tokens_BS: Tensor) -> PublishedState:
+    def observe(
+        self, state: PublishedState, action_BA: Tensor, tokens_BS: Tensor, in_place: bool = False
+    ) -> PublishedState:
         """As :meth:`step`, but the new frame is given: a prompt of several frames."""
-        state = self._with_room(state)
+        state = self._with_room(state, in_place)
         action = self.checked(state, action_BA)
         embedded, modulation = self._told(action[:, None])
         clean = torch.zeros(len(state), 1, self.head.positions, dtype=torch.bool, device=action.device)
         x = self._embed(state.tokens_BS[:, None], clean, embedded, state.cache.step_B)
-        _, cache = self.trunk.extend(x, modulation, state.cache, 1)
+        _, cache = self.trunk.extend(x, modulation, state.cache, 1, in_place)
         return self._after(state, cache, action, tokens_BS)
 
     @torch.no_grad()

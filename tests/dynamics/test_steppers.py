@@ -73,6 +73,17 @@ def test_compiled_equals_eager(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch)
         with_compilation(fast)
 
 
+def test_compiled_bodies_equal_eager_ones(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    fast = copy.deepcopy(toy.dynamics)
+    fast.compile_bodies()
+    low = in_precision(fast, "bfloat16")  # a copy, which must run its own weights
+    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(toy, InOrder(fast)))
+    plain = in_precision(toy.dynamics, "bfloat16")
+    _assert_alike(_steps(toy, InOrder(plain), 2), _steps(toy, InOrder(low), 2))
+    _assert_alike(_steps(toy, Sketch(plain), 3), _steps(toy, Sketch(low), 3))
+
+
 @pytest.mark.compiler
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside the compiler itself
 def test_compiled_blocks_equal_eager_ones() -> None:
