@@ -6,9 +6,9 @@
 >>> envs = gymnasium.make_vec("HMA-Lift-v0", num_envs=32, checkpoint=fast)  # doctest: +SKIP
 
 Compiled are the trunk's blocks (once for all of them), the token head's noise model, and the tokenizer's decoder; on a
-GPU, where each of their hundreds of tiny operations is a launch, also the bodies. Each is compiled at its first use with
-a number of rows, and again for another number. Frames differ from those of the same
-networks uncompiled by float rounding.
+GPU, where each of their hundreds of tiny operations is a launch, also the bodies. Each is compiled at its first use
+with a number of rows, and again for another number. Frames differ from those of the same networks uncompiled by float
+rounding.
 """
 
 from __future__ import annotations

@@ -533,12 +533,12 @@ class Dynamics(nn.Module):
         order = torch.cat([torch.as_tensor(rows) for rows, _ in parts]).argsort()
         return parts[0][1].joined([part for _, part in parts[1:]], order)
 
-    def _drawn(self, body: Body, agent_pos: Tensor, targets: Tensor) -> Tensor:
+    def _drawn(self, body: Body, agent_pos: Tensor, targets: Tensor, as_it_is: bool = False) -> Tensor:
         """What poses (..., P) and (..., X) look like, (..., S, C); zeros for a domain without a state, S = C = 0 for
-        discrete tokens."""
+        discrete tokens. ``as_it_is``: never compiled."""
         if self.head.drawn_size is None:
             return agent_pos.new_zeros(*agent_pos.shape[:-1], 0, 0)
-        drawn = body.drawn(agent_pos, targets)
+        drawn = Body.drawn(body, agent_pos, targets) if as_it_is else body.drawn(agent_pos, targets)
         if drawn is None:
             rows, columns, channels = self.head.drawn_size
             return agent_pos.new_zeros(*agent_pos.shape[:-1], rows * columns, channels)
@@ -550,7 +550,9 @@ class Dynamics(nn.Module):
         result = agent_pos_BP.new_zeros(len(domain_B), rows * columns, channels)
         for adapter, chosen in self._groups(domain_B):
             P, X = adapter.domain.state_dim, adapter.body.target_dim
-            result[chosen] = self._drawn(adapter.body, agent_pos_BP[chosen, :P], targets_BO[chosen, :X]).float()
+            poses = agent_pos_BP[chosen, :P], targets_BO[chosen, :X]
+            # First frames come in other numbers than a batch has rows: not worth compiling for.
+            result[chosen] = self._drawn(adapter.body, *poses, as_it_is=True).float()
         return result
 
     def _clip_pose(
