@@ -420,15 +420,39 @@ class Gathered:
 
 def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> dict[str, Gathered]:
     """The data of each domain, in the order in which the domains are first named."""
-    names = options.names or tuple(path.name.split(".")[0] for path in options.data)
-    if not options.names and len(set(names)) != len(names):
-        raise InvalidArgument(
-            f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of several."
-        )
-    files: dict[str, list[Dataset]] = {}
-    for path, name in zip(options.data, names, strict=True):
-        files.setdefault(name, []).append(open_dataset(path))
+    files = files_of_domains(options.data, options.names)
     return {name: _gather_domain(options, tokenizer, name, found) for name, found in files.items()}
+
+
+def files_of_domains(data: Sequence[Path], names: Sequence[str]) -> dict[str, list[Dataset]]:
+    """The files of each domain, in the order in which the domains are first named; without names, by the files' stems.
+
+    Raises:
+        InvalidArgument: without names, files have equal stems.
+        DatasetError: a file cannot be read.
+    """
+    if not names:
+        names = tuple(path.name.split(".")[0] for path in data)
+        if len(set(names)) != len(names):
+            raise InvalidArgument(
+                f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of "
+                "several."
+            )
+    files: dict[str, list[Dataset]] = {}
+    for path, name in zip(data, names, strict=True):
+        files.setdefault(name, []).append(open_dataset(path))
+    return files
+
+
+def tokens_of_domain(name: str, files: Sequence[Dataset], tokenizer: Tokenizer, out: Path) -> TokenCache:
+    """The joined token caches of a domain's files with images: ``<out>/<name>.tokens.h5``, ``<name>-2.tokens.h5``."""
+    stems = [name if n == 0 else f"{name}-{n + 1}" for n in range(len(files))]
+    return join_caches(
+        [
+            cached_tokens(dataset, tokenizer, out / f"{stem}.tokens.h5", name)
+            for stem, dataset in zip(stems, files, strict=True)
+        ]
+    )
 
 
 def _gather_domain(options: DynamicsOptions, tokenizer: Tokenizer, name: str, files: Sequence[Dataset]) -> Gathered:
@@ -439,11 +463,7 @@ def _gather_domain(options: DynamicsOptions, tokenizer: Tokenizer, name: str, fi
             f"data of domain {name!r} must have one file with images, got {[str(d.path) for d in files]}; render them "
             "with: hma-gym data import FILE."
         )
-    caches = []
-    for n, dataset in enumerate(shown):
-        stem = name if n == 0 else f"{name}-{n + 1}"
-        caches.append(cached_tokens(dataset, tokenizer, options.out / f"{stem}.tokens.h5", name))
-    cache = join_caches(caches).turned_alike(options.object_turns)
+    cache = tokens_of_domain(name, shown, tokenizer, options.out).turned_alike(options.object_turns)
     if not unseen:
         return Gathered(tuple(shown), cache, cache)
     silent = [build_token_cache(dataset, None, domain=name).turned_alike(options.object_turns) for dataset in unseen]
