@@ -107,7 +107,7 @@ class LookOptions:
     minutes: float = 15.0
     steps: int | None = None
     max_minutes: float | None = None
-    frames: int = 640
+    frames: int = 256
     pixel_frames: int = 64
     pixel_weight: float = 30.0
     still_share: float = 0.5
