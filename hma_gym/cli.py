@@ -84,6 +84,12 @@ COMMANDS: dict[str, Command] = {
         "DynamicsOptions",
         "train_dynamics",
     ),
+    "train look": Command(
+        "train how a checkpoint draws robot and object, on tokens and pixels, all else left as it is",
+        "hma_gym.training.recipes.look",
+        "LookOptions",
+        "train_look",
+    ),
     "train policy": Command(
         "train a diffusion policy on demonstrations, checkpoints kept along the way",
         "hma_gym.training.recipes.policy",

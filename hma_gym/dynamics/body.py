@@ -303,7 +303,7 @@ class Body(nn.Module):
         coast_loss, metrics = self._coast_loss(batch, generator)
         loss = coast_loss
         if self.look is not None:
-            look_loss = self._look_loss(self.look, batch["tokens"], batch["poses"], batch["places"], generator)
+            look_loss = self._look_loss(batch["tokens"], batch["poses"], batch["places"], generator)
             loss = loss + look_loss
             metrics["look_loss"] = look_loss.detach()
         if self.sight is not None:
@@ -338,22 +338,39 @@ class Body(nn.Module):
             metrics["object_loss"] = object_loss.detach()
         return loss, metrics
 
-    def _look_loss(
-        self, look: Look, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Of some tokens of each frame, those that change more often and with less weight, and of the object more. A
-        little is to be gained by reaching less far."""
+    def _look_loss(self, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
+        """Of some tokens of each frame, those that change more often and with less weight."""
         std_SC = self.get_buffer("token_std")
         often_S = std_SC.mean(dim=-1) + EVENLY * std_SC.mean()
         chosen = torch.multinomial(often_S, min(len(often_S), DRAWN_AT_ONCE), generator=generator)
+        weight = often_S.mean() / often_S[chosen]
+        return self.drawing_loss(tokens[:, chosen], agent_pos, places, chosen, weight)[1]
+
+    def drawing_loss(
+        self,
+        tokens: Tensor,
+        agent_pos: Tensor,
+        places: Tensor,
+        chosen: Tensor | slice = slice(None),
+        weight: Tensor | float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (M, T, C) drawn of poses (M, P) and (M, X), and how wrong they are, those that show the object more.
+        A little is to be gained by reaching less far.
+
+        Args:
+            tokens: the true ones, (M, T, C).
+            chosen: which of a frame's tokens they are, indices (T,); all by default.
+            weight: of each, (T,).
+        """
+        look = self.look
+        assert look is not None
         things = self._things(agent_pos, places)
         drawn = self._restored(look(things, chosen), chosen)
-        wrong = _pseudo_huber((drawn - tokens[:, chosen]) / std_SC.mean()).mean(dim=-1)
-        wrong = wrong * often_S.mean() / often_S[chosen]
+        wrong = _pseudo_huber((drawn - tokens) / self.get_buffer("token_std").mean()).mean(dim=-1) * weight
         if look.object_anchors is None:
-            return wrong.mean()
-        weight = 1.0 + OBJECT_WEIGHT * look.nearness(things, chosen).detach()[..., 0].float()
-        return (weight * wrong).mean() + REACH_COST * look.reach.abs().log()
+            return drawn, wrong.mean()
+        shown = 1.0 + OBJECT_WEIGHT * look.nearness(things, chosen).detach()[..., 0].float()
+        return drawn, (shown * wrong).mean() + REACH_COST * look.reach.abs().log()
 
     def _sight_loss(self, tokens: Tensor, agent_pos: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """Half of the frames with a belief that is wrong by up to some centimetres, half without."""

@@ -326,9 +326,19 @@ def _stack_padded(rows: Sequence[NDArray[Any]], fill: float) -> NDArray[np.float
 
 def _weights(module: nn.Module, half: bool) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    if half:
-        tensors = {n: t.half() if t.is_floating_point() and t.numel() > 1024 else t for n, t in tensors.items()}
-    return tensors
+    return {name: _halved(tensor) for name, tensor in tensors.items()} if half else tensors
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """A weight as float16; what is small, or no weight, as it is."""
+    return tensor.half() if tensor.is_floating_point() and tensor.numel() > 1024 else tensor
+
+
+def fits_half(checkpoint: Checkpoint) -> bool:
+    """Whether half precision would store the weights of tokenizer and dynamics as they are, as it does where they come
+    from such a file."""
+    tensors = (*checkpoint.tokenizer.state_dict().values(), *checkpoint.dynamics.state_dict().values())
+    return all(torch.equal(tensor, _halved(tensor).to(tensor.dtype)) for tensor in tensors)
 
 
 def _load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

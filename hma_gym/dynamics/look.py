@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hma_gym.nn.parameters import silence
+from hma_gym.nn.parameters import ParameterGroup, silence
 from hma_gym.nn.precision import full_precision
 from hma_gym.nn.rotations import matrix_of_quaternion
 from hma_gym.nn.waves import waves
@@ -45,6 +45,9 @@ FAINT = 0.02
 
 #: Points so far out of the picture (in halves of it) are nowhere.
 OUTSIDE = 3.0
+
+#: How much faster than the rest anchors are learned, and the object's reach.
+ANCHORS_RATE, REACH_RATE = 1.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,22 @@ class Look(nn.Module):
         self.layers = nn.ModuleList(ConditionedLayer(width, condition, bool(thing)) for _ in range(layers))
         self.out = nn.Linear(width, channels)
         silence(self.out)
+
+    def geometry(self) -> dict[str, nn.Parameter]:
+        """What it has learned of where things are, by name: of the same shapes in any width."""
+        own = ("on_hand", "robot_anchors", "object_anchors", "reach")
+        return {name: p for name, p in self.named_parameters() if name.partition(".")[0] in own}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """For training by itself."""
+        geometry = self.geometry()
+        reach = [geometry.pop("reach")] if "reach" in geometry else []
+        chosen = {id(p) for p in (*geometry.values(), *reach)}
+        return [
+            ParameterGroup("look", [p for p in self.parameters() if id(p) not in chosen]),
+            ParameterGroup("anchors", list(geometry.values()), lr_multiplier=ANCHORS_RATE),
+            ParameterGroup("reach", reach, lr_multiplier=REACH_RATE),
+        ]
 
     def anchors_of_robot(self, things: Things) -> Tensor:
         """(..., K, 2)."""

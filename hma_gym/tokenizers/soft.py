@@ -61,5 +61,9 @@ class SoftTokenizer(StandardisedTokenizer, ConvTokenizer):
     def frames_to_latents(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.to_latents(self.to_images(frames_BHWC)))
 
+    def tokens_to_images(self, tokens_BNC: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), about [0, 1], of tokens; differentiable, where ``decode`` is not."""
+        return self.from_latents(self.tokens_to_latents(tokens_BNC).clamp(-1.0, 1.0))
+
     def latents_to_frames(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         return self.to_frames(self.from_latents(latents_BChw.clamp(-1.0, 1.0)))

@@ -35,6 +35,11 @@ class StandardisedTokenizer(Tokenizer):
     def latents_to_frames(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         """Frames (B, H, W, 3) uint8 of latents (B, C, h, w), whatever their values."""
 
+    def tokens_to_latents(self, tokens_BNC: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of tokens (B, N, C)."""
+        latents_BNC = tokens_BNC.to(self.latent_std_C.dtype) * self.latent_std_C + self.latent_mean_C
+        return latents_BNC.transpose(1, 2).unflatten(2, self.grid)
+
     @torch.no_grad()
     def encode(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
         check_frames(frames_BHWC, self.image_size)
@@ -45,9 +50,8 @@ class StandardisedTokenizer(Tokenizer):
     @torch.no_grad()
     def decode(self, tokens_BNC: torch.Tensor) -> torch.Tensor:
         check_soft_tokens(tokens_BNC, self.tokens_per_frame, self.channels)
-        latents_BNC = tokens_BNC.to(self.latent_std_C.dtype) * self.latent_std_C + self.latent_mean_C
-        latents_BNC = latents_BNC.reshape(-1, self.tokens_per_frame, self.channels)
-        frames_BHWC = self.latents_to_frames(latents_BNC.transpose(1, 2).unflatten(2, self.grid))
+        flat_BNC = tokens_BNC.reshape(-1, self.tokens_per_frame, self.channels)
+        frames_BHWC = self.latents_to_frames(self.tokens_to_latents(flat_BNC))
         return frames_BHWC.reshape(*tokens_BNC.shape[:-2], *self.image_size, 3)
 
     @torch.no_grad()

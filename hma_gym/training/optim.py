@@ -123,7 +123,10 @@ class Optimizer:
                     "resume with the model that wrote the checkpoint."
                 )
             part, parameter = owners[name]
-            part.state[parameter][key] = tensor.to(parameter.device, copy=True)
+            own = tensor.to(parameter.device, copy=True)
+            if own.shape == parameter.shape:  # laid out as the parameter is: fused updates go by memory, not by index
+                own = torch.empty_like(parameter, dtype=own.dtype).copy_(own)
+            part.state[parameter][key] = own
 
 
 def _check_groups(groups: Sequence[ParameterGroup], names: Mapping[int, str]) -> None:

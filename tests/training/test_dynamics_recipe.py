@@ -26,6 +26,7 @@ from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.training import saved_weights
 from hma_gym.training.recipes.body import train_bodies
 from hma_gym.training.recipes.dynamics import DynamicsOptions, OpenLoopValidation, train_dynamics
+from hma_gym.training.recipes.look import LookOptions, train_look
 
 SIZE, ROWS = 32, 14
 
@@ -356,3 +357,30 @@ def test_options_are_checked(material: Path, tmp_path: Path) -> None:
         _options(material, tmp_path, data=())
     with pytest.raises(DatasetError, match="longer than a clip"):
         train_dynamics(_options(material, tmp_path, frames=30))
+
+
+def test_a_trunk_goes_on_with_bodies_of_another_size_and_another_decoder(
+    material: Path, whole: Path, tmp_path: Path
+) -> None:
+    look = LookOptions(
+        checkpoint=str(whole / "checkpoint"),
+        data=(material / "small.hdf5",),
+        names=("small",),
+        out=tmp_path / "look",
+        steps=1,
+        frames=8,
+        pixel_frames=2,
+        width=24,
+        decoder=True,
+    )
+    train_look(look)
+    fields: dict[str, Any] = {"steps": 1, "body_steps": 0, "tokenizer": look.out / "tokenizer"}
+    drawn = load_file(look.out / "checkpoint" / "dynamics.safetensors")
+    source = look.out / "checkpoint"
+    for name in ("first", "second"):  # from a checkpoint, and from a run
+        out = tmp_path / name
+        train_dynamics(_options(material, out, init=source, **fields))
+        assert load_checkpoint(out / "checkpoint").dynamics.config.body.look_width == 24
+        found = load_file(out / "checkpoint" / "dynamics.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in drawn.items() if ".body.look." in key)
+        source = out

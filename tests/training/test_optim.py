@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_toy import Toy
 
 from hma_gym.errors import InvalidArgument
@@ -165,3 +165,24 @@ def test_mixture_rows_follow_the_probabilities_and_repeat() -> None:
     assert (mixture.rows(7, 8) == Mixture(SIZES, seed=3).rows(7, 8)).all()
     assert any((mixture.rows(s, 8) != Mixture(SIZES, seed=4).rows(s, 8)).any() for s in range(20))
     assert mixture.counts(0, 8) == dict(zip(SIZES, np.bincount(mixture.rows(0, 8), minlength=3), strict=True))
+
+
+def test_what_is_saved_of_an_optimiser_takes_the_layout_of_its_parameter() -> None:
+    """Saved states are contiguous; parameters of convolutions may be laid out channels last."""
+
+    def trained(*, resumed: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups, config = [ParameterGroup("all", list(model.parameters()))], OptimizerConfig(lr=0.1)
+        optimizer = Optimizer(model, groups, config)
+        for step in range(6):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step(1.0)
+            if resumed and step == 2:
+                saved = {name: tensor.clone().contiguous() for name, tensor in optimizer.state_tensors().items()}
+                optimizer = Optimizer(model, groups, config)
+                optimizer.load_state_tensors(saved)
+        return model.weight.detach()
+
+    assert torch.equal(trained(resumed=True), trained(resumed=False))

@@ -36,6 +36,7 @@ from hma_gym.data.cache import (
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.data.windows import ClipBatches, ClipConfig
 from hma_gym.domains import Domain
+from hma_gym.dynamics.body import BodyConfig
 from hma_gym.dynamics.checkpoint import Checkpoint, StartBank, load_checkpoint, save_checkpoint, start_bank
 from hma_gym.dynamics.mar import DiffusionHeadConfig, FlowHeadConfig, SoftHeadConfig
 from hma_gym.dynamics.maskgit import MaskGITHeadConfig
@@ -78,7 +79,8 @@ class DynamicsOptions:
         feature_judge: folder of a trained feature judge to put into the checkpoint.
         head: of soft tokens: ``flow``, or the paper's ``diffusion`` (see docs/soft_tokens.md).
         init: a run's folder or a checkpoint to start from (same shapes), instead of random weights. Domains of the same
-            name keep the statistics that they have there, by which its weights see them.
+            name keep the statistics that they have there, by which its weights see them; bodies have the size that they
+            have there.
         head_only: train the noise model of soft tokens alone, anew, and leave all else as it is in ``init``: another
             ``head`` for a trained model.
         task: key of the task that the checkpoint is for; "" for your own robot.
@@ -162,7 +164,9 @@ class DynamicsOptions:
             raise InvalidArgument(f"starts must be 1 or more, got {self.starts}.")
 
 
-def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale: float) -> DynamicsConfig:
+def dynamics_config(
+    options: DynamicsOptions, tokenizer: Tokenizer, change_scale: float, body: BodyConfig
+) -> DynamicsConfig:
     """The model of a recipe, for either kind of token; 2 x 2 tokens share a trunk position, as the paper's."""
     head: SoftHeadConfig | MaskGITHeadConfig
     if tokenizer.kind == "soft":
@@ -179,6 +183,7 @@ def dynamics_config(options: DynamicsOptions, tokenizer: Tokenizer, change_scale
     return DynamicsConfig(
         trunk=named_trunk(options.size),
         head=head,
+        body=body,
         refresh=options.refresh if tokenizer.kind == "soft" else 0,
         mask_full=0.9 if tokenizer.kind == "soft" else 0.6,
         rollout_share=options.rollout_share,
@@ -420,15 +425,39 @@ class Gathered:
 
 def gather(options: DynamicsOptions, tokenizer: Tokenizer) -> dict[str, Gathered]:
     """The data of each domain, in the order in which the domains are first named."""
-    names = options.names or tuple(path.name.split(".")[0] for path in options.data)
-    if not options.names and len(set(names)) != len(names):
-        raise InvalidArgument(
-            f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of several."
-        )
-    files: dict[str, list[Dataset]] = {}
-    for path, name in zip(options.data, names, strict=True):
-        files.setdefault(name, []).append(open_dataset(path))
+    files = files_of_domains(options.data, options.names)
     return {name: _gather_domain(options, tokenizer, name, found) for name, found in files.items()}
+
+
+def files_of_domains(data: Sequence[Path], names: Sequence[str]) -> dict[str, list[Dataset]]:
+    """The files of each domain, in the order in which the domains are first named; without names, by the files' stems.
+
+    Raises:
+        InvalidArgument: without names, files have equal stems.
+        DatasetError: a file cannot be read.
+    """
+    if not names:
+        names = tuple(path.name.split(".")[0] for path in data)
+        if len(set(names)) != len(names):
+            raise InvalidArgument(
+                f"the files have equal stems {list(names)}; tell with names whether they are of one domain or of "
+                "several."
+            )
+    files: dict[str, list[Dataset]] = {}
+    for path, name in zip(data, names, strict=True):
+        files.setdefault(name, []).append(open_dataset(path))
+    return files
+
+
+def tokens_of_domain(name: str, files: Sequence[Dataset], tokenizer: Tokenizer, out: Path) -> TokenCache:
+    """The joined token caches of a domain's files with images: ``<out>/<name>.tokens.h5``, ``<name>-2.tokens.h5``."""
+    stems = [name if n == 0 else f"{name}-{n + 1}" for n in range(len(files))]
+    return join_caches(
+        [
+            cached_tokens(dataset, tokenizer, out / f"{stem}.tokens.h5", name)
+            for stem, dataset in zip(stems, files, strict=True)
+        ]
+    )
 
 
 def _gather_domain(options: DynamicsOptions, tokenizer: Tokenizer, name: str, files: Sequence[Dataset]) -> Gathered:
@@ -439,11 +468,7 @@ def _gather_domain(options: DynamicsOptions, tokenizer: Tokenizer, name: str, fi
             f"data of domain {name!r} must have one file with images, got {[str(d.path) for d in files]}; render them "
             "with: hma-gym data import FILE."
         )
-    caches = []
-    for n, dataset in enumerate(shown):
-        stem = name if n == 0 else f"{name}-{n + 1}"
-        caches.append(cached_tokens(dataset, tokenizer, options.out / f"{stem}.tokens.h5", name))
-    cache = join_caches(caches).turned_alike(options.object_turns)
+    cache = tokens_of_domain(name, shown, tokenizer, options.out).turned_alike(options.object_turns)
     if not unseen:
         return Gathered(tuple(shown), cache, cache)
     silent = [build_token_cache(dataset, None, domain=name).turned_alike(options.object_turns) for dataset in unseen]
@@ -467,12 +492,14 @@ class Initial:
         weights: of the model.
         domains: by name.
         change_scale: see :class:`hma_gym.dynamics.mar.SoftHeadConfig`; None with discrete tokens.
+        body: sizes of its bodies.
     """
 
     source: Path
     weights: dict[str, Tensor]
     domains: dict[str, Domain]
     change_scale: float | None
+    body: BodyConfig
 
     def load(self, model: Dynamics, head_only: bool = False) -> None:
         """Put the weights into a model; all but those of its noise model with ``head_only``.
@@ -499,12 +526,14 @@ def read_initial(source: Path) -> Initial:
     if (source / "saved").is_dir():
         weights = saved_weights(source)
         domains = [Domain.from_dict(fields) for fields in json.loads((source / "domains.json").read_text())]
-        scale = json.loads((source / "dynamics.json").read_text())["change_scale"]
+        facts = json.loads((source / "dynamics.json").read_text())
+        scale, body = facts["change_scale"], BodyConfig(**facts.get("body", {}))  # earlier runs had the sizes of today
     else:
         model = load_checkpoint(source).dynamics
+        body = model.config.body
         weights, domains = model.state_dict(), list(model.domains)
         scale = getattr(model.config.head, "change_scale", None)
-    return Initial(source, weights, {domain.name: domain for domain in domains}, scale)
+    return Initial(source, weights, {domain.name: domain for domain in domains}, scale, body)
 
 
 def make_starts(datasets: Sequence[Dataset], count: int) -> StartBank:
@@ -550,6 +579,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
         domains = [_domain(options, name, found, (height, width), initial) for name, found in gathered.items()]
         domain_file.parent.mkdir(parents=True, exist_ok=True)
         domain_file.write_text(json.dumps([domain.to_dict() for domain in domains], indent=1))
+    body = BodyConfig() if initial is None else initial.body
     model_file = options.out / "dynamics.json"
     if model_file.exists():
         scale = json.loads(model_file.read_text())["change_scale"]
@@ -557,8 +587,8 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
         scale = round(caches[0].change_scale(options.stride), 4) if tokenizer.kind == "soft" else 1.0
         if initial is not None and initial.change_scale is not None:
             scale = initial.change_scale
-        model_file.write_text(json.dumps({"change_scale": scale}))
-    config = dynamics_config(options, tokenizer, scale)
+        model_file.write_text(json.dumps({"change_scale": scale, "body": dataclasses.asdict(body)}))
+    config = dynamics_config(options, tokenizer, scale, body)
     torch.manual_seed(options.seed)
     model = Dynamics(config, domains)
     if initial is not None:
