@@ -11,6 +11,7 @@ Shape legend: B rollouts, T steps, R recorded rows, H W C image, A action dims, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,9 @@ from hma_gym.policies.sighted import believed_state
 
 REFERENCE_STEP = 20
 """Drift is measured from here: the first frames are nearer to the real start than any long rollout can be."""
+
+#: PSNR of an error of one grey level.
+ONE_LEVEL_DB = 20.0 * math.log10(PEAK)
 
 Kind = Literal["random", "scripted", "recorded"]
 KINDS: tuple[Kind, ...] = ("random", "scripted", "recorded")
@@ -87,6 +91,9 @@ class EnduranceReport:
         background_drift_db: the last 20 steps' mean minus the value around step 20, mean over rollouts; below 0 is
             worse.
         worst_background_drift_db: of the worst rollout.
+        visible_drift_db, worst_visible_drift_db: the same where an error of less than one of the 255 grey levels (root
+            mean square over the static pixels) counts as one: 8-bit video shows no less, and the curve above goes on
+            to hundreds of dB for single pixels that are one level off.
         clear_frames: checked frames in which the arm is away from the cube's place.
         cube_counts: number of those frames by number of red blobs (0, 1, 2 or more).
         cube_area_start, cube_area_end: red pixels, mean over rollouts, at the start and over the last 20 steps.
@@ -98,6 +105,8 @@ class EnduranceReport:
     background_psnr_curve: tuple[float, ...]
     background_drift_db: float
     worst_background_drift_db: float
+    visible_drift_db: float
+    worst_visible_drift_db: float
     clear_frames: int
     cube_counts: tuple[int, int, int]
     cube_area_start: float
@@ -243,6 +252,12 @@ def true_rollouts(
     return Generated(torch.from_numpy(frames), torch.from_numpy(agent_pos), torch.from_numpy(places))
 
 
+def _drift(psnr_BT: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The last steps' mean minus that around the step from which drift is measured, dB: (B,)."""
+    around_B = psnr_BT[:, REFERENCE_STEP - 5 : REFERENCE_STEP + 5].mean(axis=1)
+    return np.asarray(psnr_BT[:, -REFERENCE_STEP:].mean(axis=1) - around_B)
+
+
 def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 24) -> Tensor:
     """Pixels in which no real frame differs from the background by more than ``threshold``: (H, W) bool."""
     return ~foreground_mask(frames_NHWC, background_HWC, threshold).any(dim=0)
@@ -315,8 +330,7 @@ def measure_endurance(
     if steps <= 2 * REFERENCE_STEP:
         raise InvalidArgument(f"endurance needs more than {2 * REFERENCE_STEP} steps, got {steps}.")
     psnr_BT = torch.stack([background_psnr(frames, background_HWC, static_HW) for frames in frames_BTHWC]).numpy()
-    around = psnr_BT[:, REFERENCE_STEP - 5 : REFERENCE_STEP + 5].mean(axis=1)
-    drift_B = psnr_BT[:, -REFERENCE_STEP:].mean(axis=1) - around
+    drift_B, visible_B = _drift(psnr_BT), _drift(np.minimum(psnr_BT, ONE_LEVEL_DB))
     clear_BT = arm_away(rollouts.generated, object_start_B3, blobs.arm_clear_m)
     counts = [0, 0, 0]
     end_areas = []
@@ -335,6 +349,8 @@ def measure_endurance(
         background_psnr_curve=tuple(float(value) for value in psnr_BT.mean(axis=0)),
         background_drift_db=float(drift_B.mean()),
         worst_background_drift_db=float(drift_B.min()),
+        visible_drift_db=float(visible_B.mean()),
+        worst_visible_drift_db=float(visible_B.min()),
         clear_frames=sum(counts),
         cube_counts=(counts[0], counts[1], counts[2]),
         cube_area_start=float(np.mean(start_areas)),

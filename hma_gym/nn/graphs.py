@@ -31,7 +31,8 @@ def record(
     """A function's operations as one graph; nothing of it has happened yet when this returns.
 
     Args:
-        function: without arguments, of tensors that stay where they are; it must not wait for the device.
+        function: without arguments, of tensors that stay where they are; it must not wait for the device. It is kept
+            for as long as the graph is, and with it the tensors that the graph reads.
         device: a CUDA device.
         rehearse: what runs before the recording, with the same results; by default the function itself.
 
@@ -48,7 +49,11 @@ def record(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             made = function()
-    return made, graph.replay
+
+    def run(kept: object = function) -> None:
+        graph.replay()
+
+    return made, run
 
 
 class Graphed:

@@ -43,7 +43,9 @@ def uniform(seed_B: Tensor, step_B: Tensor, stream: int, shape: tuple[int, ...])
         (B, *shape) float32.
     """
     row = _mix(_mix(_mix(seed_B * _GOLDEN) + step_B) ^ stream)
-    index = torch.arange(functools.reduce(operator.mul, shape, 1), device=seed_B.device) + 1
+    # 1, 2, 3 ... as sums: a compiler for GPUs reckons with an arange in 32 bits, which do not hold these factors.
+    count = functools.reduce(operator.mul, shape, 1)
+    index = torch.ones(count, dtype=torch.int64, device=seed_B.device).cumsum(0)
     bits = _shift_right(_mix(row[:, None] + index * _GOLDEN), 41)  # 23 bits: exact in float32, also after + 0.5
     return ((bits.float() + 0.5) / 2**23).view(-1, *shape)
 
