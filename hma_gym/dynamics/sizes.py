@@ -22,11 +22,12 @@ from hma_gym.dynamics.model import DynamicsConfig
 from hma_gym.errors import UnknownName
 from hma_gym.nn.transformer import TrunkConfig
 
-#: Trunks for 64 x 64 frames. "lift" is the shipped one; "toy" is for tests.
+#: Trunks for 64 x 64 frames. "shallow" is the shipped one, enough where a body draws; "toy" is for tests.
 TRUNKS: dict[str, TrunkConfig] = {
     "toy": TrunkConfig(layers=2, width=64, heads=4, window=4),
     "small": TrunkConfig(layers=6, width=192, heads=6, window=8),
     "lift": TrunkConfig(layers=6, width=256, heads=8, window=8),
+    "shallow": TrunkConfig(layers=2, width=256, heads=8, window=8),
 }
 
 

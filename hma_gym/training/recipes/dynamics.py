@@ -120,7 +120,7 @@ class DynamicsOptions:
     head_only: bool = False
     task: str = ""
     body_steps: int = 6000
-    size: Literal["toy", "lift", "small"] = "lift"
+    size: Literal["toy", "lift", "small", "shallow"] = "lift"
     minutes: float = 60.0
     steps: int | None = None
     max_minutes: float | None = None

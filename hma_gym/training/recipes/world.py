@@ -59,7 +59,7 @@ class WorldOptions:
     task: str = ""
     object_turns: int = 1
     kind: Literal["soft", "vq"] = "soft"
-    size: Literal["toy", "lift", "small"] = "lift"
+    size: Literal["toy", "lift", "small", "shallow"] = "lift"
     minutes: float = 120.0
     steps: int | None = None
     judge: Literal["auto", "yes", "no"] = "auto"
