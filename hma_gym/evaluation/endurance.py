@@ -64,6 +64,7 @@ class BlobSettings:
     redness: int = 40
     min_pixels: int = 6
     arm_clear_m: float = 0.12
+    stays_m: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class EnduranceReport:
             square) counts as one, for 8-bit video shows no less.
         clear_frames: checked frames in which the arm is away from the cube's place.
         cube_counts: number of those frames by number of red blobs (0, 1, 2 or more).
+        hidden: how many of those without one show something else than background where the cube was last seen: the
+            forearm, which need not be where the hand is, lies over it. The others, and those whose cube has moved
+            since, vanished.
         cube_area_start, cube_area_end: red pixels, mean over rollouts, at the start and over the last 20 steps.
     """
 
@@ -114,6 +118,7 @@ class EnduranceReport:
     worst_bare_drift_db: float
     clear_frames: int
     cube_counts: tuple[int, int, int]
+    hidden: int
     cube_area_start: float
     cube_area_end: float
 
@@ -290,21 +295,26 @@ def red_mask(frame_HWC: NDArray[np.uint8], redness: int) -> NDArray[np.bool_]:
     return np.asarray(wide[..., 0] - np.maximum(wide[..., 1], wide[..., 2]) > redness)
 
 
-def blob_areas(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[int]:
-    """Sizes of the 8-connected groups of True pixels, largest first, without those below ``min_pixels``."""
+def blobs_of(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[NDArray[np.int64]]:
+    """The 8-connected groups of True pixels, (rows and columns, largest first), without those below ``min_pixels``."""
     left = {(int(y), int(x)) for y, x in np.argwhere(mask_HW)}
-    areas = []
+    groups = []
     while left:
         front = [left.pop()]
-        area = 0
+        group = [*front]
         while front:
             y, x = front.pop()
-            area += 1
             near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
             left -= near
             front.extend(near)
-        areas.append(area)
-    return sorted((area for area in areas if area >= min_pixels), reverse=True)
+            group.extend(near)
+        groups.append(np.array(group))
+    return sorted((group for group in groups if len(group) >= min_pixels), key=len, reverse=True)
+
+
+def blob_areas(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[int]:
+    """Sizes of the 8-connected groups of True pixels, largest first, without those below ``min_pixels``."""
+    return [len(group) for group in blobs_of(mask_HW, min_pixels)]
 
 
 def arm_away(generated: Generated, object_start_B3: NDArray[np.float32], clear_m: float) -> NDArray[np.bool_]:
@@ -348,15 +358,23 @@ def measure_endurance(
     bare_BT = np.stack([_bare_psnr(frames, background_HWC, static_HW).numpy() for frames in frames_BTHWC])
     drift_B, bare_B = _drift(psnr_BT), _drift(np.minimum(bare_BT, ONE_LEVEL_DB))
     clear_BT = arm_away(rollouts.generated, object_start_B3, blobs.arm_clear_m)
-    counts = [0, 0, 0]
+    counts, hidden = [0, 0, 0], 0
     end_areas = []
     for b in range(count):
+        last: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None  # the cube's pixels, and its place (m)
+        places_TX = rollouts.generated.targets_BTX[b, :, :3].numpy()
         for t in range(check_every - 1, steps, check_every):
-            areas = blob_areas(red_mask(frames_BTHWC[b, t].numpy(), blobs.redness), blobs.min_pixels)
+            frame_HWC = frames_BTHWC[b, t]
+            found = blobs_of(red_mask(frame_HWC.numpy(), blobs.redness), blobs.min_pixels)
+            if found:
+                last = found[0], places_TX[t]
             if clear_BT[b, t]:
-                counts[min(len(areas), 2)] += 1
+                counts[min(len(found), 2)] += 1
+                if not found and last is not None and np.linalg.norm(places_TX[t] - last[1]) < blobs.stays_m:
+                    drawn_HW = foreground_mask(frame_HWC, background_HWC).numpy()
+                    hidden += bool(drawn_HW[last[0][:, 0], last[0][:, 1]].mean() > 0.5)
             if t >= steps - REFERENCE_STEP:
-                end_areas.append(sum(areas))
+                end_areas.append(sum(map(len, found)))
     start_areas = [int(red_mask(frame.numpy(), blobs.redness).sum()) for frame in rollouts.start_frames_BHWC]
     return EnduranceReport(
         rollouts=count,
@@ -369,6 +387,7 @@ def measure_endurance(
         worst_bare_drift_db=float(bare_B.min()),
         clear_frames=sum(counts),
         cube_counts=(counts[0], counts[1], counts[2]),
+        hidden=hidden,
         cube_area_start=float(np.mean(start_areas)),
         cube_area_end=float(np.mean(end_areas)),
     )

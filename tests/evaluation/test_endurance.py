@@ -15,6 +15,7 @@ from hma_gym.collection.collect import CollectConfig, collect
 from hma_gym.data.robomimic_hdf5 import Dataset, open_dataset
 from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.endurance import (
+    EnduranceReport,
     LongRollouts,
     ScriptedActor,
     background_psnr,
@@ -58,6 +59,21 @@ def test_cubes_are_counted(cubes: int) -> None:
         _rollouts(_video(cubes=cubes), hand_x=0.05), background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=start
     )
     assert near.clear_frames == 0
+
+
+def test_a_cube_that_something_lies_over_has_not_vanished() -> None:
+    def report(frames: Tensor, place_x: float = 0.0) -> EnduranceReport:
+        rollouts = _rollouts(frames)
+        rollouts.generated.targets_BTX[:, 30:, 0] = place_x
+        start = np.zeros((1, 3), dtype=np.float32)
+        return measure_endurance(rollouts, background_HWC=BACKGROUND, static_HW=STATIC, object_start_B3=start)
+
+    vanished, hidden = _video(), _video()
+    vanished[:, 30:] = BACKGROUND
+    hidden[:, 30:, 8:11, 2:5] = 40
+    assert (report(vanished).cube_counts, report(vanished).hidden) == ((6, 6, 0), 0)
+    assert (report(hidden).cube_counts, report(hidden).hidden) == ((6, 6, 0), 6)
+    assert report(hidden, place_x=0.1).hidden == 0  # it is somewhere else by now
 
 
 def test_a_fading_background_shows() -> None:
