@@ -165,7 +165,8 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
             f"{name}: background ({report.static_pixels} pixels) drift {report.background_drift_db:+.2f} dB (worst "
             f"{report.worst_background_drift_db:+.2f}; where it is bare {report.bare_drift_db:+.2f}, worst "
             f"{report.worst_bare_drift_db:+.2f}); arm away in {report.clear_frames} checked frames: no cube "
-            f"{empty} (hidden {report.hidden}), one {single}, more {several}; cube area {report.cube_area_start:.0f} px at the start, "
+            f"{empty} (hidden {report.hidden}), one {single}, more {several}; cube area "
+            f"{report.cube_area_start:.0f} px at the start, "
             f"{report.cube_area_end:.0f} at the end"
         )
     print(f"written: {path}")
