@@ -70,7 +70,7 @@ def test_trunks(name: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UnknownName, match="choose one of: lift, small, toy"):
+    with pytest.raises(UnknownName, match="choose one of: lift, shallow, small, toy"):
         named_trunk("huge")
     with pytest.raises(UnknownName, match="base, mar-base, mar-xl, xl"):
         named_model("lift")
