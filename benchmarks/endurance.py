@@ -166,8 +166,7 @@ def endurance(config: EnduranceConfig) -> dict[str, EnduranceReport]:
             f"{report.worst_background_drift_db:+.2f}; where it is bare {report.bare_drift_db:+.2f}, worst "
             f"{report.worst_bare_drift_db:+.2f}); arm away in {report.clear_frames} checked frames: no cube "
             f"{empty} (hidden {report.hidden}), one {single}, more {several}; cube area "
-            f"{report.cube_area_start:.0f} px at the start, "
-            f"{report.cube_area_end:.0f} at the end"
+            f"{report.cube_area_start:.0f} px at the start, {report.cube_area_end:.0f} at the end"
         )
     print(f"written: {path}")
     return reports

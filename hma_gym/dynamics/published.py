@@ -37,7 +37,7 @@ from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument
 from hma_gym.nn import graphs
 from hma_gym.nn.compiling import compile_methods
 from hma_gym.nn.parameters import misfits
-from hma_gym.nn.transformer import Block, Cache, SpaceTimeTransformer, TrunkConfig
+from hma_gym.nn.transformer import CACHED, Block, Cache, SpaceTimeTransformer, TrunkConfig
 
 #: What the reference's configurations may say; other values belong to weights that were not published.
 _REQUIRED: dict[str, Any] = {"qk_norm": False, "use_mup": False, "qkv_bias": False, "action_network": "concat+modulate"}
@@ -386,39 +386,25 @@ class PublishedGraphs:
 
     def _recording(self, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
         """Of these very rollouts, or one of their number whose rollouts are over, or a new one."""
-        alike = [r for r in self._recordings if r.action_BA.shape == action_BA.shape]
-        mine = [r for r in alike if r.memory.is_at("step_B", given["step_B"])] or [r for r in alike if r.memory.free]
-        if not mine:
-            memory = graphs.Memory({name: x if name in _LARGE else x.clone() for name, x in given.items()})
-            mine = [_Recording(memory, action_BA.clone(), torch.zeros_like(given["seed_B"]), 0, {})]
-            self._recordings += mine
-        return mine[0]
+        found = graphs.recorded_for(self._recordings, "step_B", given["step_B"])
+        if found is None:
+            memory = graphs.Memory(given, large=CACHED)
+            found = _Recording(memory, action_BA.clone(), torch.zeros_like(given["seed_B"]), 0, {})
+            self._recordings.append(found)
+        return found
 
     def _record(self, state: PublishedState, recording: _Recording) -> tuple[Tensor, Callable[[], None]]:
         # The cache was given up with the state. A rehearsal writes where no frame is seen any more.
-        own, step_B = recording.memory.tensors, recording.step_B
-        saved = {name: x.clone() for name, x in own.items() if name not in _LARGE}
-        begun = step_B.clone()
-        begin = state.of_tensors(own)
+        memory, step_B = recording.memory, recording.step_B
+        begin = state.of_tensors(memory.tensors)
 
         def step() -> Tensor:
             after, first = self._model.advance(begin, recording.action_BA, step_B, in_place=True)
-            recording.memory.write(after.tensors())
+            memory.take(after.tensors())
             step_B.add_(1)
             return first
 
-        def rehearse() -> Tensor:
-            first = step()
-            step_B.copy_(begun)
-            for name, before in saved.items():
-                own[name].copy_(before)
-            return first
-
-        return graphs.record(step, step_B.device, rehearse)
-
-
-#: Tensors of a state that are not copied.
-_LARGE = ("keys_BLWND", "values_BLWND")
+        return graphs.record(step, step_B.device, memory.rehearsal(step, step_B))
 
 
 # ------------------------------------------------------------------ the reference's state dicts

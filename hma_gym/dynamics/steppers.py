@@ -23,6 +23,7 @@ from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn import graphs
+from hma_gym.nn.transformer import CACHED
 
 
 class Stepper(Protocol):
@@ -115,36 +116,27 @@ class CudaGraphs:
 
     def _recording(self, state: RolloutState, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
         """Of this very batch, or one of its size whose rollouts are over, or a new one."""
-        alike = [r for r in self._recordings if r.memory.tensors["step_B"].shape == state.step_B.shape]
-        mine = [r for r in alike if r.memory.is_at("step_B", state.step_B)] or [r for r in alike if r.memory.free]
-        if not mine:
-            mine = [self._record(state, given, action_BA)]
-            self._recordings += mine
-        return mine[0]
+        found = graphs.recorded_for(self._recordings, "step_B", state.step_B)
+        if found is None:
+            found = self._record(state, given, action_BA)
+            self._recordings.append(found)
+        return found
 
     def _advance(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
         return self._dynamics.step(state, action_BA, in_place=True)
 
     def _record(self, state: RolloutState, given: dict[str, Tensor], action_BA: Tensor) -> _Recording:
         # The cache is given up with the state. A rehearsal writes into a slot of it that no frame sees any more.
-        large = ("keys_BLWND", "values_BLWND")
-        memory = graphs.Memory({name: x if name in large else x.clone() for name, x in given.items()})
-        saved = {name: x.clone() for name, x in memory.tensors.items() if name not in large}
+        memory = graphs.Memory(given, large=CACHED)
         nothing = {name: getattr(state, name).new_empty(0) for name in self.UNUSED}
         own, action_BA = dataclasses.replace(state, **memory.tensors, **nothing), action_BA.clone()
 
         def step() -> StepOutput:
             after, out = self._advance(own, action_BA)
-            memory.write({name: getattr(after, name) for name in memory.tensors})
+            memory.take({name: getattr(after, name) for name in memory.tensors})
             return out
 
-        def rehearse() -> StepOutput:
-            out = step()
-            for name, before in saved.items():
-                memory.tensors[name].copy_(before)
-            return out
-
-        out, run = graphs.record(step, action_BA.device, rehearse)
+        out, run = graphs.record(step, action_BA.device, memory.rehearsal(step))
         return _Recording(run, memory, action_BA, out)
 
 
@@ -152,7 +144,7 @@ class SketchGraphs(CudaGraphs):
     """:class:`Sketch` as CUDA graphs."""
 
     whole = False
-    UNUSED = ("keys_BLWND", "values_BLWND")
+    UNUSED = CACHED
 
     def _advance(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
         return self._dynamics.step_of_bodies(state, action_BA)

@@ -273,10 +273,15 @@ def static_pixels(frames_NHWC: Tensor, background_HWC: Tensor, threshold: int = 
     return ~foreground_mask(frames_NHWC, background_HWC, threshold).any(dim=0)
 
 
+def _capped_psnr(squared: Tensor) -> Tensor:
+    """PSNR of mean squared errors of grey levels, at most the cap, dB."""
+    return 10 * torch.log10(PEAK**2 / squared.clamp_min(PEAK**2 / 10 ** (PSNR_CAP / 10)))
+
+
 def background_psnr(frames: Tensor, background_HWC: Tensor, static_HW: Tensor) -> Tensor:
     """PSNR over the static pixels only, dB: (...)."""
     squared = (frames[..., static_HW, :].float() - background_HWC[static_HW].float()).square().mean(dim=(-2, -1))
-    return 10 * torch.log10(PEAK**2 / squared.clamp_min(PEAK**2 / 10 ** (PSNR_CAP / 10)))
+    return _capped_psnr(squared)
 
 
 def _bare_psnr(frames_THWC: Tensor, background_HWC: Tensor, static_HW: Tensor) -> Tensor:
@@ -286,7 +291,7 @@ def _bare_psnr(frames_THWC: Tensor, background_HWC: Tensor, static_HW: Tensor) -
     bare_THW = (static_HW & ~near_THW).float()
     squared_THW = (frames_THWC.float() - background_HWC.float()).square().mean(dim=-1)
     squared_T = (squared_THW * bare_THW).sum(dim=(1, 2)) / bare_THW.sum(dim=(1, 2)).clamp(min=1)
-    return 10 * torch.log10(PEAK**2 / squared_T.clamp_min(PEAK**2 / 10 ** (PSNR_CAP / 10)))
+    return _capped_psnr(squared_T)
 
 
 def red_mask(frame_HWC: NDArray[np.uint8], redness: int) -> NDArray[np.bool_]:
@@ -310,11 +315,6 @@ def blobs_of(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[NDArray[np
             group.extend(near)
         groups.append(np.array(group))
     return sorted((group for group in groups if len(group) >= min_pixels), key=len, reverse=True)
-
-
-def blob_areas(mask_HW: NDArray[np.bool_], min_pixels: int = 1) -> list[int]:
-    """Sizes of the 8-connected groups of True pixels, largest first, without those below ``min_pixels``."""
-    return [len(group) for group in blobs_of(mask_HW, min_pixels)]
 
 
 def arm_away(generated: Generated, object_start_B3: NDArray[np.float32], clear_m: float) -> NDArray[np.bool_]:

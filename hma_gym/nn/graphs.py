@@ -8,8 +8,8 @@ never copied while one rollout goes on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,11 +86,13 @@ class Memory:
     """Tensors that graphs change in place, by name, lent to whoever's rollout they hold.
 
     Args:
-        tensors: from now on this memory's own.
+        tensors: of a rollout that is given up.
+        large: names of those that become this memory's own, and that a rehearsal may spoil; the others are copied.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], large: Sequence[str] = ()) -> None:
+        self.tensors = {name: x if name in large else x.clone() for name, x in tensors.items()}
+        self._large = large
         self._borrowed: weakref.ref[Tensor] | None = None
 
     def is_at(self, name: str, tensor: Tensor) -> bool:
@@ -116,6 +118,33 @@ class Memory:
         self._borrowed = weakref.ref(lent[watched])
         return lent
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inside a graph: let it hold these, of which none may be a part of it under another name."""
-        self.take(tensors)
+    def rehearsal(self, function: Callable[[], ResultT], *others: Tensor) -> Callable[[], ResultT]:
+        """A function that changes this memory and other tensors, as one that leaves them as they are now, but for what
+        is large."""
+        kept = [*(own for name, own in self.tensors.items() if name not in self._large), *others]
+        saved = [x.clone() for x in kept]
+
+        def rehearse() -> ResultT:
+            made = function()
+            for own, before in zip(kept, saved, strict=True):
+                own.copy_(before)
+            return made
+
+        return rehearse
+
+
+class Recorded(Protocol):
+    """Whatever has such a memory."""
+
+    @property
+    def memory(self) -> Memory: ...
+
+
+RecordedT = TypeVar("RecordedT", bound=Recorded)
+
+
+def recorded_for(recordings: Sequence[RecordedT], name: str, tensor: Tensor) -> RecordedT | None:
+    """The recording in whose memory a tensor lies under this name, or one for its shape that is free, or None."""
+    alike = [r for r in recordings if r.memory.tensors[name].shape == tensor.shape]
+    mine = [r for r in alike if r.memory.is_at(name, tensor)] or [r for r in alike if r.memory.free]
+    return mine[0] if mine else None

@@ -95,6 +95,10 @@ class Cache:
     step_B: Tensor
 
 
+#: The large tensors of a cache, by name.
+CACHED = ("keys_BLWND", "values_BLWND")
+
+
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """GELU. Its tanh form goes by a sigmoid where a CPU wants no gradients: the same to rounding, in half the time."""
     if approximate != "tanh" or x.is_cuda or torch.is_grad_enabled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,12 @@ class TrainConfig:
             json.dumps(dict(self.recipe))
         except TypeError as error:
             raise InvalidArgument(f"recipe must hold JSON values only: {error}; pass strings and numbers.") from error
+
+    def since(self, began: float) -> TrainConfig:
+        """The same for a session that began at this ``time.monotonic()``, for what is left of ``max_minutes``."""
+        if self.max_minutes is None:
+            return self
+        return dataclasses.replace(self, max_minutes=max(self.max_minutes - (time.monotonic() - began) / 60, 0.1))
 
     def lr_factor(self, step: int, progress: float) -> float:
         """The factor on every learning rate at ``step``."""

@@ -19,7 +19,7 @@ from hma_gym.evaluation.endurance import (
     LongRollouts,
     ScriptedActor,
     background_psnr,
-    blob_areas,
+    blobs_of,
     loop_actions,
     measure_endurance,
     red_mask,
@@ -121,9 +121,9 @@ def test_blobs() -> None:
     mask[0, 0] = mask[1, 1] = mask[2, 2] = True  # diagonal neighbours are one blob
     mask[6:8, 6:8] = True
     mask[0, 7] = True
-    assert blob_areas(mask) == [4, 3, 1]
-    assert blob_areas(mask, min_pixels=3) == [4, 3]
-    assert blob_areas(np.zeros((4, 4), dtype=bool)) == []
+    assert [len(blob) for blob in blobs_of(mask)] == [4, 3, 1]
+    assert [len(blob) for blob in blobs_of(mask, min_pixels=3)] == [4, 3]
+    assert blobs_of(np.zeros((4, 4), dtype=bool)) == []
     assert red_mask(np.array([[[200, 20, 20], [200, 180, 20]]], dtype=np.uint8), 40).tolist() == [[True, False]]
 
 

@@ -64,6 +64,14 @@ NOISE_MODEL = "head.flow."
 LIFT_HEIGHT = 0.84
 
 
+def check_files(data: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises :class:`InvalidArgument` on no files, or on names that are not one a file."""
+    if not data:
+        raise InvalidArgument("data must name one or more dataset files, got none.")
+    if names and len(names) != len(data):
+        raise InvalidArgument(f"names must be one a dataset, got {len(names)} names for {len(data)} datasets.")
+
+
 @dataclass(frozen=True)
 class DynamicsOptions:
     """Options of ``hma-gym train dynamics``; everything else is the recipe's.
@@ -143,12 +151,7 @@ class DynamicsOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise InvalidArgument("data must name one or more dataset files, got none.")
-        if self.names and len(self.names) != len(self.data):
-            raise InvalidArgument(
-                f"names must be one a dataset, got {len(self.names)} names for {len(self.data)} datasets."
-            )
+        check_files(self.data, self.names)
         if self.body_steps < 0 or self.object_turns < 0:
             raise InvalidArgument(
                 f"body_steps and object_turns must be 0 or more, got {self.body_steps} and {self.object_turns}."
@@ -624,9 +627,7 @@ def train_dynamics(options: DynamicsOptions) -> TrainResult:
     )
     held_out = ClipBatches(caches, domains, clips, split="valid") if long_enough else None
     validation = OpenLoopValidation(held_out, tokenizer, caches, domains, success=success)
-    loop = train_config(options, config)
-    if options.max_minutes is not None:
-        loop = dataclasses.replace(loop, max_minutes=max(options.max_minutes - (time.monotonic() - began) / 60, 0.1))
+    loop = train_config(options, config).since(began)
     result = train(model, batches, loop, evaluate=validation)
     with result.ema.applied_to(model), torch.no_grad():
         validation.choose_corrections(model)

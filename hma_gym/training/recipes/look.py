@@ -38,6 +38,7 @@ from hma_gym.data.cache import TokenCache
 from hma_gym.data.robomimic_hdf5 import Dataset
 from hma_gym.dynamics.body import Body
 from hma_gym.dynamics.checkpoint import Checkpoint, checkpoint_folder, fits_half, load_checkpoint, save_checkpoint
+from hma_gym.dynamics.coast import ROTATION
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.errors import DatasetError, InvalidArgument, StorageError, UnknownName
 from hma_gym.metrics.video import psnr
@@ -46,7 +47,7 @@ from hma_gym.tokenizers import SoftTokenizer
 from hma_gym.tokenizers.files import save_tokenizer
 from hma_gym.tokenizers.protocol import Tokenizer
 from hma_gym.training import Every, OptimizerConfig, TrainConfig, TrainResult, train
-from hma_gym.training.recipes.dynamics import files_of_domains, tokens_of_domain
+from hma_gym.training.recipes.dynamics import check_files, files_of_domains, tokens_of_domain
 
 #: Held-out frames of a kind that are tried, spread evenly; and how many at once.
 TRIED, AT_ONCE = 512, 128
@@ -62,9 +63,6 @@ DRAWN = (
     "frames", "pixel_frames", "pixel_weight", "still_share", "first_share", "disturbed", "disturbance", "decoder",
     "images",
 )  # fmt: skip
-
-#: Columns of a hand's rotation in agent_pos, a quaternion.
-ROTATION = slice(3, 7)
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,7 @@ class LookOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise InvalidArgument("data must name one or more dataset files, got none.")
-        if self.names and len(self.names) != len(self.data):
-            raise InvalidArgument(
-                f"names must be one a dataset, got {len(self.names)} names for {len(self.data)} datasets."
-            )
+        check_files(self.data, self.names)
         for name, low in (("frames", 1), ("pixel_frames", 0), ("width", 0), ("layers", 0), ("images", 1)):
             if getattr(self, name) < low:
                 raise InvalidArgument(f"{name} must be {low} or more, got {getattr(self, name)}.")
@@ -586,10 +579,7 @@ def train_look(options: LookOptions) -> TrainResult:
     sources = {name: make_source(name, found, bodies[name], tokenizer, options) for name, found in files.items()}
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = LookTraining({name: bodies[name] for name in sources}, tokenizer, options)
-    config = train_config(options, checkpoint, sources)
-    if options.max_minutes is not None:
-        left = options.max_minutes - (time.monotonic() - began) / 60
-        config = dataclasses.replace(config, max_minutes=max(left, 0.1))
+    config = train_config(options, checkpoint, sources).since(began)
     result = train(model, LookBatches(sources, options), config, evaluate=LookValidation(sources))
     with result.ema.applied_to(model):
         write_checkpoint(options, checkpoint, result, half)
