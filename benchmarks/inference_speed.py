@@ -16,7 +16,8 @@ The soft models (MAR) make one frame with a full context in the cache, sampled b
 few-step head in its place; both with two unmasking passes.
 
 ``--ways graphs`` records the steps of the discrete models as CUDA graphs, ``compiled-graphs`` compiles them first (half
-a minute for each batch), ``tuned-graphs`` tries many kernels for them. ``--precisions`` and ``--reference-precisions``
+a minute for each batch), ``tuned-graphs`` tries many kernels for them; ``fused-graphs`` records our own kernels, which
+``early-graphs`` begins while the one before ends. ``--precisions`` and ``--reference-precisions``
 choose how products are rounded; the reference as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
 
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
@@ -72,7 +73,7 @@ from hma_gym.nn.precision import ModuleT, Products, in_precision
 WIDTHS = {"base": 256, "xl": 1024}
 #: The paper's soft models, by their names in :data:`hma_gym.dynamics.sizes.MODELS`.
 SOFT_MODELS = ("mar-base", "mar-xl")
-Way = Literal["eager", "graphs", "compiled-graphs", "tuned-graphs"]
+Way = Literal["eager", "graphs", "compiled-graphs", "tuned-graphs", "fused-graphs", "early-graphs"]
 Engine = Literal["cached", "sliding", "same context"]
 DOMAIN = "arm"
 ACTION_SIZE = 7
@@ -90,7 +91,8 @@ class InferenceSpeedConfig:
             PyTorch's where that is not installed).
         precisions: of our matrix products; ``tf32`` is for GPUs.
         reference_precisions: likewise of the reference, whose float32 is what ours is compared with.
-        ways: how our discrete models run; ``eager``, or ``graphs``, ``compiled-graphs`` and ``tuned-graphs`` on a GPU.
+        ways: how our discrete models run; ``eager``, or on a GPU ``graphs``, ``compiled-graphs``, ``tuned-graphs``,
+            ``fused-graphs`` and ``early-graphs``.
         engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
         packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
         limit_s: after so many seconds no further measurement begins; None for no limit.
@@ -215,11 +217,15 @@ def _stepping(model: PublishedModel, way: Way) -> Callable[[PublishedState, Tens
     return PublishedGraphs(model).step
 
 
-def _compiled(model: PublishedModel, way: Way) -> PublishedModel:
-    if way not in ("compiled-graphs", "tuned-graphs"):
+def _hastened(model: PublishedModel, way: Way) -> PublishedModel:
+    """A model whose steps are compiled or fused, if its way says so."""
+    if way in ("eager", "graphs"):
+        return model
+    model = copy.deepcopy(model)
+    if way in ("fused-graphs", "early-graphs"):
+        model.fuse_step(early=way == "early-graphs")
         return model
     torch._dynamo.reset()  # it keeps a limited number of sizes
-    model = copy.deepcopy(model)
     model.compile_step(tuned=way == "tuned-graphs")
     return model
 
@@ -233,7 +239,7 @@ def _engines(config: InferenceSpeedConfig, model: PublishedModel, way: Way, batc
     calls: Calls = {}
     # No time position is left afterwards: the next step begins by sliding, and what the cache held does not matter.
     after, _ = model.step(full, action, in_place="cached" not in config.engines)
-    model = _compiled(model, way)
+    model = _hastened(model, way)
     if "cached" in config.engines:
         step = _stepping(model, way)
         calls["cached"] = 1, lambda: step(full, action)

@@ -1,8 +1,8 @@
 """What every test shares: a headless OpenGL, one thread per worker, and the rules for skipping.
 
-A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device. Tests marked
-``gl``, ``robomimic`` or ``browser`` are skipped, with the reason, on a machine that lacks these; under
-``CI=true`` they fail instead, so that continuous integration cannot lose them silently.
+A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device. Tests with another
+marker are skipped, with the reason, on a machine that lacks what they need; under ``CI=true`` they fail instead, so
+that continuous integration cannot lose them silently.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from hma_gym.dynamics.checkpoint import Checkpoint
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():  # our GPU kernels run in Triton's interpreter; it is told before anybody imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _MAKE_CONTEXT = """
 import mujoco
@@ -61,9 +64,12 @@ def _lacks_browser() -> str:
 
 @functools.cache
 def _lacks_gpu() -> str:
-    import torch
-
     return "" if torch.cuda.is_available() else "no CUDA device here"
+
+
+def _lacks_triton() -> str:
+    found = importlib.util.find_spec("triton") is not None
+    return "" if found else 'Triton, which has wheels for Linux only, is not installed: pip install "hma_gym[dev]"'
 
 
 def _lacks_compiler() -> str:
@@ -78,6 +84,7 @@ REQUIREMENTS = {
     "browser": _lacks_browser,
     "gpu": _lacks_gpu,
     "compiler": _lacks_compiler,
+    "triton": _lacks_triton,
 }
 
 
