@@ -4,7 +4,8 @@ What a frame of a few hundred tokens costs on a GPU is not arithmetic but the nu
 with a tile what comes before and after its product, and tiles are small enough that all of the GPU has work.
 
 With ``EARLY`` a kernel begins while the one before it still runs ("programmatic dependent launch" of NVIDIA's compute
-capability 9.0): it reads its weights, and waits before anything that another kernel wrote.
+capability 9.0): it reads its weights, and waits before it reads what the one before it wrote. What kernels before that
+one wrote is there, for each lets the next one begin only after it has waited itself.
 
 Shape legend: as :mod:`hma_gym.nn.transformer`; K inner dimension of a product, E its outputs, R rows of all frames
 (B * T * N), F all logits of a position. Names ending in ``TILE`` are sizes of tiles, powers of two.
@@ -63,6 +64,8 @@ def linear(
         modulation_BT2K + (frame // frames)[:, None] * modulation_row + (frame % frames)[:, None] * modulation_frame
     )
     weight = tl.load(weight_at, mask=out_alive[None, :] & (inner < INNER)[:, None], other=0.0)
+    if BIAS:
+        bias = tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
     _begin(EARLY)
     if NORMALISE:
         total = tl.zeros((ROW_TILE,), tl.float32)
@@ -93,7 +96,7 @@ def linear(
         weight = tl.load(weight_at + after, mask=out_alive[None, :] & (after + inner < INNER)[:, None], other=0.0)
         sum_RE = tl.dot(x.to(now.dtype), now, sum_RE, input_precision=PRECISION)
     if BIAS:
-        sum_RE += tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)[None, :]
+        sum_RE += bias[None, :]
     if GELU:
         sum_RE = 0.5 * sum_RE * (1.0 + tl.erf(sum_RE * 0.7071067811865476))
     here = row_at * OUT + out[None, :]
@@ -176,7 +179,6 @@ def attend_ring(
     A program is some heads of tokens of one row, in all new frames: nobody else reads or writes their keys and values,
     so that the buffer may be written in place.
     """
-    _begin(EARLY)
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     row = tl.program_id(1)
     group, dim = tl.program_id(0) * GROUP_TILE + tl.arange(0, GROUP_TILE), tl.arange(0, DIM_TILE)
@@ -194,6 +196,7 @@ def attend_ring(
     seen_WGK = kept[:, None, None] & alive_GK[None]
     past_k = tl.load(keys_BWND + ring + slots_WGK, mask=seen_WGK, other=0.0).to(tl.float32)
     past_v = tl.load(values_BWND + ring + slots_WGK, mask=seen_WGK, other=0.0).to(tl.float32)
+    _begin(EARLY)
 
     own_GK = (group // HEADS)[:, None] * 3 * WIDTH + (group % HEADS)[:, None] * HEAD_DIM + dim[None, :]
     first = qkv_BTN3D + row.to(tl.int64) * frames * tokens * 3 * WIDTH
