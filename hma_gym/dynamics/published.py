@@ -206,7 +206,7 @@ class PublishedModel(nn.Module):
             early: begin each kernel while the one before it ends (NVIDIA, compute capability 9.0 or above).
 
         Raises:
-            InvalidArgument: no Triton here, or a model whose sampling has no kernels.
+            InvalidArgument: no Triton here, a device without what its kernels need, or sampling without kernels.
         """
         if importlib.util.find_spec("triton") is None:
             raise InvalidArgument(

@@ -27,7 +27,7 @@ class FusedStep:
         early: as for :class:`hma_gym.nn.fused.Launcher`.
 
     Raises:
-        InvalidArgument: sampling that these kernels do not do.
+        InvalidArgument: sampling that these kernels do not do, or a device that does not run them.
     """
 
     def __init__(self, model: PublishedModel, early: bool) -> None:
@@ -40,7 +40,7 @@ class FusedStep:
                 f"vocabulary={head.config.vocabulary}, patch={head.config.patch}; do not fuse it."
             )
         self._model = model
-        self._launcher = Launcher(early)
+        self._launcher = Launcher(model.position_embedding.device, early)
         self._tables_VFD = torch.stack([weight.detach() for weight in head.current_in.tables.parameters()])
 
     def embed(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTD: Tensor, first_B: Tensor | None) -> Tensor:

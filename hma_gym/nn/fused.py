@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from triton.runtime.interpreter import InterpretedFunction
 
+from hma_gym.errors import InvalidArgument
 from hma_gym.nn import kernels
 from hma_gym.nn.transformer import Cache, PublishedBlock, SpaceTimeTransformer
 
@@ -56,10 +58,24 @@ class Launcher:
     """Launches the kernels of :mod:`hma_gym.nn.kernels`.
 
     Args:
+        device: of all tensors.
         early: begin each while the one before it ends; needs compute capability 9.0.
+
+    Raises:
+        InvalidArgument: a device without what they need. (With ``TRITON_INTERPRET=1`` in the environment from the start
+            they are interpreted on a CPU, slowly: that is for tests.)
     """
 
-    def __init__(self, early: bool = False) -> None:
+    def __init__(self, device: torch.device, early: bool = False) -> None:
+        interpreted = isinstance(kernels.linear, InterpretedFunction)
+        if device.type != "cuda" and not interpreted:
+            raise InvalidArgument(
+                f"fused kernels need weights on a CUDA device, got {str(device)!r}; call the model's own step."
+            )
+        if early and (interpreted or torch.cuda.get_device_capability(device) < (9, 0)):
+            raise InvalidArgument(
+                f"early kernels need compute capability 9.0 or above, got device {str(device)!r}; leave early out."
+            )
         self._options: dict[str, Any] = {"launch_pdl": True} if early else {}
         self._early = early
 

@@ -129,7 +129,7 @@ def test_unmasking_takes_the_likeliest_tokens_in_the_order_of_the_noise(device: 
     masked = torch.rand(B, N, generator=generator) < 0.7
     seed, step = torch.tensor([-(2**63), 5, 2**63 - 1]), torch.tensor([0, 17, 100_000])
     given = (x.to(device) for x in (logits, tokens, masked, seed, step))
-    new, hidden = (x.cpu() for x in Launcher().unmask(*given, 63, left))
+    new, hidden = (x.cpu() for x in Launcher(torch.device(device)).unmask(*given, 63, left))
     likeliest = logits.argmax(dim=-1)
     assert torch.equal(new, torch.where(masked, likeliest[..., 0] + F * likeliest[..., 1], tokens))
     order = noise.uniform(seed, step, 63, (N,)).masked_fill(~masked, 2.0)
@@ -139,10 +139,16 @@ def test_unmasking_takes_the_likeliest_tokens_in_the_order_of_the_noise(device: 
         assert torch.equal(hidden[b], masked[b] & ~shown)
 
 
-def test_sampling_without_kernels_is_refused(model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_kernels_is_refused(model: PublishedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     warm = PublishedModel(dataclasses.replace(model.config, temperature=1.0))
     with pytest.raises(InvalidArgument, match=r"got temperature=1\.0.*do not fuse it"):
         warm.fuse_step()
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidArgument, match="need compute capability 9.0.*got device 'cpu'"):
+            model.fuse_step(early=True)
+        monkeypatch.setattr("hma_gym.nn.fused.kernels.linear", None)  # what is not interpreted
+        with pytest.raises(InvalidArgument, match="need weights on a CUDA device, got 'cpu'"):
+            model.fuse_step()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InvalidArgument, match="needs Triton.*pip install triton"):
         model.fuse_step()
