@@ -284,19 +284,14 @@ class DomainAdapter(nn.Module):
         Changes beyond anything usual are held: a quaternion that was replaced by its negative is such a one.
         """
         known, delta_std = pose.known[..., :1], self.get_buffer("delta_std")
-        motion = torch.where(known, pose.motions[..., 0, :] / delta_std, 0.0)
-        inputs = (
-            self.body.features(pose.agent_pos),
-            motion.clamp(-UNUSUAL, UNUSUAL),
-            known.float(),
-            self.body.features(coasted),
-            ((coasted - pose.agent_pos) / delta_std).clamp(-UNUSUAL, UNUSUAL),
-        )
-        embedded: Tensor = self.pose(torch.cat(inputs, dim=-1))
+        motion = torch.where(known, pose.motions[..., 0, :], 0.0)
+        motion, next_motion = (torch.stack((motion, coasted - pose.agent_pos)) / delta_std).clamp(-UNUSUAL, UNUSUAL)
+        both = torch.stack((pose.agent_pos, coasted))  # the poses before and after, at once
+        before, after = self.body.features(both)
+        embedded: Tensor = self.pose(torch.cat((before, motion, known.float(), after, next_motion), dim=-1))
         if self.object is not None:
-            before = self.body.object_features(pose.agent_pos, pose.targets)
-            after = self.body.object_features(coasted, coasted_targets)
-            embedded = embedded + self.object(torch.cat((before, after), dim=-1))
+            things = self.body.object_features(both, torch.stack((pose.targets, coasted_targets)))
+            embedded = embedded + self.object(torch.cat((things[0], things[1]), dim=-1))
         return embedded
 
     def correction(self, feature: Tensor) -> Tensor:
