@@ -81,7 +81,9 @@ class ResidualBlock(nn.Module):
         nn.init.normal_(self.outer.weight, std=0.1 / (channels * expansion) ** 0.5)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return x_BCHW + self.outer(F.gelu(self.inner(self.norm(x_BCHW))))
+        change: torch.Tensor = self.outer(F.gelu(self.inner(self.norm(x_BCHW))))
+        # In the memory of the change, unless autocast made that of a lower precision.
+        return change.add_(x_BCHW) if change.dtype == x_BCHW.dtype else x_BCHW + change
 
 
 class Encoder(nn.Module):
