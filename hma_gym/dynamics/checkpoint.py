@@ -145,7 +145,7 @@ class Checkpoint:
         layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
         for module in (self.tokenizer, self.dynamics, *self.options().values()):
             if isinstance(module, nn.Module):
-                module.to(device, memory_format=layout)
+                module.to(device, memory_format=layout)  # type: ignore[call-overload]
         return self
 
 

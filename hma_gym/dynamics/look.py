@@ -129,11 +129,13 @@ class ConditionedLayer(nn.Module):
             hidden = hidden + shift
             if thing_shift is not None:
                 hidden = hidden + nearness * thing_shift
-            return x + self.down(F.silu(hidden))
+            changed: Tensor = x + self.down(F.silu(hidden))
+            return changed
         hidden.add_(shift)
         if thing_shift is not None:
             hidden.addcmul_(nearness, thing_shift)
-        return x.add_(self.down(F.silu(hidden, inplace=True)))
+        deeper: Tensor = x.add_(self.down(F.silu(hidden, inplace=True)))
+        return deeper
 
 
 class Look(nn.Module):
