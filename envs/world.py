@@ -188,6 +188,9 @@ class LearnedWorld:
         self.window = 1 if self.judge is None else self.judge.window
         self.frames_for_judge = self.judge.window if isinstance(self.judge, Judge) else 0
         self._told = told_state(self.judge)
+        # What kind of judge it is, found out once: to ask a protocol takes longer than many an operation.
+        self._token_judge = self.judge if isinstance(self.judge, TokenJudge) else None
+        self._coder = self.judge if isinstance(self.judge, FrameCoder) else None
         if self.judge is not None and self._told not in (0, self.domain.state_dim):
             raise CheckpointError(
                 f"judge {self.judge.name!r} is told {self._told} dims of agent_pos, and domain {self.domain.name!r} of "
@@ -345,11 +348,12 @@ class LearnedWorld:
         sure = {} if self.uncertainty is None else {"uncertainty": rows.uncertainty_N}
         if judge is None:
             return sure, torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        if isinstance(judge, TokenJudge):
+        if self._token_judge is not None:
             (probability_N,) = self._ruled(rows.tokens_NK)
-        elif isinstance(judge, FrameCoder):
+        elif self._coder is not None:
             (probability_N,) = self._ruled(rows.codes_NFD)
         else:
+            assert isinstance(judge, Judge)
             agent_pos_NFP = rows.agent_pos_NFP if self._told else None
             probability_N = ask(judge, judge.probability, rows.frames_NFHWC, agent_pos_NFP)
         probability_N = probability_N.to(self.device)
@@ -368,10 +372,10 @@ class LearnedWorld:
 
     def _ruling(self, window_NK: Tensor) -> tuple[Tensor]:
         """The judge's probability (N,), of a window of tokens or of codes."""
-        if isinstance(self.judge, TokenJudge):
-            return (self.judge.probability_of_tokens(window_NK),)
-        assert isinstance(self.judge, FrameCoder)
-        return (self.judge.probability_of_codes(window_NK),)
+        if self._token_judge is not None:
+            return (self._token_judge.probability_of_tokens(window_NK),)
+        assert self._coder is not None
+        return (self._coder.probability_of_codes(window_NK),)
 
     def _uncertainty(self, rollout: RolloutState, out: StepOutput) -> Tensor:
         """(N,) of the frames just made."""
@@ -382,10 +386,11 @@ class LearnedWorld:
 
     def _codes(self, frames_BHWC: Tensor, agent_pos_BP: Tensor) -> Tensor:
         """What the judge notes of each frame, (B, D), told its agent_pos (the first of P or more dims) if it can be."""
-        judge = self.judge
-        if isinstance(judge, FrameCoder):
-            return ask(judge, judge.code, frames_BHWC, agent_pos_BP[:, : self._told]).to(self.device)
-        return torch.zeros(len(frames_BHWC), 0, device=self.device)
+        if self._coder is None:
+            return torch.zeros(len(frames_BHWC), 0, device=self.device)
+        code: Callable[..., Tensor] = self._coder.code
+        given = (frames_BHWC, agent_pos_BP[:, : self._told]) if self._told else (frames_BHWC,)
+        return code(*given).to(self.device)
 
     def _codes_apart(self, frames_BHWC: Tensor, agent_pos_BP: Tensor, batch: int) -> Tensor:
         """The same in batches that do not depend on who begins."""

@@ -138,10 +138,14 @@ class Checkpoint:
         return {"judge": self.judge, "feature_judge": self.feature_judge, "uncertainty": self.uncertainty}
 
     def to(self, device: torch.device | str) -> Checkpoint:
-        """Move the weights, in place, and return self."""
+        """Move the weights, in place, and return self.
+
+        On a CPU those of convolutions have their channels last in memory, as its kernels read them.
+        """
+        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
         for module in (self.tokenizer, self.dynamics, *self.options().values()):
             if isinstance(module, nn.Module):
-                module.to(device)
+                module.to(device, memory_format=layout)  # type: ignore[call-overload]
         return self
 
 

@@ -174,11 +174,12 @@ class ManipulationCoast(RobotCoast):
     def _settled(self, agent_pos: Tensor, within: Bounds) -> Tensor:
         """With a unit quaternion, of the two that are the same rotation the one that lies in bounds."""
         unit = F.normalize(agent_pos[..., ROTATION], dim=-1)
-        found, other = (
-            torch.cat((agent_pos[..., PLACE], sign * unit, agent_pos[..., 7:]), dim=-1) for sign in (1.0, -1.0)
+        both = torch.stack(
+            [torch.cat((agent_pos[..., PLACE], turn, agent_pos[..., 7:]), dim=-1) for turn in (unit, -unit)]
         )
-        out, other_out = ((within(pose) - pose).norm(dim=-1, keepdim=True) for pose in (found, other))
-        return within(torch.where(other_out < out, other, found))
+        held = within(both)
+        out, other_out = (held - both).norm(dim=-1, keepdim=True)
+        return torch.where(other_out < out, held[1], held[0])
 
     def set_floor(self, height: float) -> None:
         """Below which no object falls: the height (m) of the position of one that lies, in the training data."""

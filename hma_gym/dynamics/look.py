@@ -121,11 +121,21 @@ class ConditionedLayer(nn.Module):
         silence(self.down)
 
     def forward(self, x: Tensor, condition: Tensor, thing: Tensor | None, nearness: Tensor) -> Tensor:
-        hidden = self.up(F.layer_norm(x, x.shape[-1:])) + self.shift(condition)[..., None, :]
-        if self.thing_shift is not None:
-            hidden = hidden + nearness * self.thing_shift(thing)[..., None, :]
-        change: Tensor = self.down(F.silu(hidden))
-        return x + change
+        """Gives up ``x`` where a CPU wants no gradients: there its memory, and that of what comes between, is used
+        again."""
+        hidden, shift = self.up(F.layer_norm(x, x.shape[-1:])), self.shift(condition)[..., None, :]
+        thing_shift = None if self.thing_shift is None else self.thing_shift(thing)[..., None, :]
+        if x.is_cuda or torch.is_grad_enabled():
+            hidden = hidden + shift
+            if thing_shift is not None:
+                hidden = hidden + nearness * thing_shift
+            changed: Tensor = x + self.down(F.silu(hidden))
+            return changed
+        hidden.add_(shift)
+        if thing_shift is not None:
+            hidden.addcmul_(nearness, thing_shift)
+        deeper: Tensor = x.add_(self.down(F.silu(hidden, inplace=True)))
+        return deeper
 
 
 class Look(nn.Module):
@@ -223,8 +233,9 @@ class Look(nn.Module):
         share = torch.exp(-away.square().sum(dim=-1, keepdim=True) / self.reach.square())
         return ((share - FAINT) / (1.0 - FAINT)).clamp(min=0.0)
 
-    def beside(self, layer: nn.Linear, anchors: Tensor) -> Tensor:
-        """What a layer makes of where all tokens lie beside anchors (..., K, 2), as waves: (..., S, D).
+    def beside(self, layer: nn.Linear, anchors: Tensor, told: Tensor) -> Tensor:
+        """What a layer makes of where all tokens lie beside anchors (..., K, 2), as waves, and what all are told,
+        (..., D): (..., S, D).
 
         The numbers of x are alike in all tokens of a column, those of y in all of a row, so each is worked out once.
         """
@@ -235,21 +246,21 @@ class Look(nn.Module):
             away = waves(line[:, None] - anchors[..., None, :, axis], OCTAVES)
             parts.append(F.linear(away.to(layer.weight.dtype), weight_DWK2[..., axis].flatten(1)).to(anchors.dtype))
         x, y = parts
-        return (x[..., None, :, :] + y[..., :, None, :]).flatten(-3, -2) + layer.bias.to(anchors.dtype)
+        y = y + (layer.bias.to(anchors.dtype) + told)[..., None, :]
+        return (x[..., None, :, :] + y[..., :, None, :]).flatten(-3, -2)
 
     def forward(self, things: Things, tokens: Tensor | slice = slice(None)) -> Tensor:
         """(..., T, C) of some tokens, indices (T,), or of all."""
         condition = self.condition(things.robot)
-        x = self.beside(self.near, self.anchors_of_robot(things))[..., tokens, :] + self.token[tokens]
-        x = x + self.first(condition)[..., None, :]
+        x = self.beside(self.near, self.anchors_of_robot(things), self.first(condition))[..., tokens, :]
+        x = x + self.token[tokens]
         thing, nearness = None, x.new_zeros(())
         if self.object_anchors is not None:
             thing = self.thing_condition(torch.cat((things.robot, things.thing), dim=-1))
             anchors = self.anchors_of_object(things)
             nearness = self._nearness(anchors, tokens)
-            told = self.beside(self.thing_near, anchors)[..., tokens, :]
-            told = told + self.thing_first(thing)[..., None, :]
-            x = x + nearness * told
+            told = self.beside(self.thing_near, anchors, self.thing_first(thing))[..., tokens, :]
+            x = torch.addcmul(x, nearness, told)
         for layer in self.layers:
             x = layer(x, condition, thing, nearness)
         drawn: Tensor = self.out(F.layer_norm(x, x.shape[-1:]))

@@ -188,8 +188,10 @@ class DomainAdapter(nn.Module):
         self.body = Body(domain, config.body, tokens)
         width = config.trunk.width
         self.action_size = domain.action_dim * domain.stride
-        for name in ("action_mean", "action_std", "state_mean", "state_std", "delta_std", "target_mean", "target_std"):
+        for name in ("state_mean", "state_std", "delta_std", "target_mean", "target_std"):
             self.register_buffer(name, torch.tensor(getattr(domain, name), dtype=torch.float32), persistent=False)
+        for name, numbers in (("chunk_mean", domain.action_mean), ("chunk_std", domain.action_std)):
+            self.register_buffer(name, torch.tensor(numbers * domain.stride, dtype=torch.float32), persistent=False)
         first, second = nn.Linear(max(self.action_size, 1), width), nn.Linear(width, width)
         bound = math.sqrt(6.0 / (first.in_features + BASE_WIDTH))  # Xavier at the base width: the same at all widths
         nn.init.uniform_(first.weight, -bound, bound)
@@ -235,8 +237,7 @@ class DomainAdapter(nn.Module):
 
     def _action_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an action chunk, (stride * A) each."""
-        stride = self.domain.stride
-        return self.get_buffer("action_mean").repeat(stride), self.get_buffer("action_std").repeat(stride)
+        return self.get_buffer("chunk_mean"), self.get_buffer("chunk_std")
 
     def normalise_action(self, action: Tensor) -> Tensor:
         """Raw action chunks (..., stride * A) in env units to zero mean and unit variance."""
@@ -284,19 +285,14 @@ class DomainAdapter(nn.Module):
         Changes beyond anything usual are held: a quaternion that was replaced by its negative is such a one.
         """
         known, delta_std = pose.known[..., :1], self.get_buffer("delta_std")
-        motion = torch.where(known, pose.motions[..., 0, :] / delta_std, 0.0)
-        inputs = (
-            self.body.features(pose.agent_pos),
-            motion.clamp(-UNUSUAL, UNUSUAL),
-            known.float(),
-            self.body.features(coasted),
-            ((coasted - pose.agent_pos) / delta_std).clamp(-UNUSUAL, UNUSUAL),
-        )
-        embedded: Tensor = self.pose(torch.cat(inputs, dim=-1))
+        motion = torch.where(known, pose.motions[..., 0, :], 0.0)
+        motion, next_motion = (torch.stack((motion, coasted - pose.agent_pos)) / delta_std).clamp(-UNUSUAL, UNUSUAL)
+        both = torch.stack((pose.agent_pos, coasted))  # the poses before and after, at once
+        before, after = self.body.features(both)
+        embedded: Tensor = self.pose(torch.cat((before, motion, known.float(), after, next_motion), dim=-1))
         if self.object is not None:
-            before = self.body.object_features(pose.agent_pos, pose.targets)
-            after = self.body.object_features(coasted, coasted_targets)
-            embedded = embedded + self.object(torch.cat((before, after), dim=-1))
+            things = self.body.object_features(both, torch.stack((pose.targets, coasted_targets)))
+            embedded = embedded + self.object(torch.cat((things[0], things[1]), dim=-1))
         return embedded
 
     def correction(self, feature: Tensor) -> Tensor:
@@ -1092,7 +1088,8 @@ class Dynamics(nn.Module):
                 scene = Scene(state.tokens, columns.drawn[:, 0])
                 new, order_BN = self.head.sample(columns.tokens_BTND[:, 0], scene, draw, config.temperature)
                 tokens = self.head.merge(tokens, new, masked_BN)
-                masked_BN = unmask(masked_BN, order_BN, masked_after(step, config.decode_steps, positions))
+                if step + 1 < config.decode_steps:
+                    masked_BN = unmask(masked_BN, order_BN, masked_after(step, config.decode_steps, positions))
         else:
             tokens = known
         agent_pos, targets = torch.zeros_like(state.agent_pos_BP), action_BA.new_zeros(len(state), self.target_size)

@@ -5,6 +5,8 @@ Source: Zhou et al. 2019 (arXiv 1812.07035). Unlike quaternions these have no tw
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +16,11 @@ _TINY = 1e-6
 
 def matrix_of_quaternion(quaternion: Tensor) -> Tensor:
     """(..., 4) xyzw of any length above 0 -> rotation matrices (..., 3, 3)."""
-    x, y, z, w = (quaternion / quaternion.norm(dim=-1, keepdim=True).clamp(min=_TINY)).unbind(-1)
-    rows = (
-        torch.stack((1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)), dim=-1),
-        torch.stack((2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)), dim=-1),
-        torch.stack((2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)), dim=-1),
-    )
-    return torch.stack(rows, dim=-2)
+    unit = math.sqrt(2.0) * F.normalize(quaternion, dim=-1, eps=_TINY)
+    twice = (unit[..., :, None] * unit[..., None, :]).flatten(-2).unbind(-1)  # twice the products of any two
+    xx, xy, xz, xw, _, yy, yz, yw, _, _, zz, zw, *_ = twice
+    rows = (1 - (yy + zz), xy - zw, xz + yw, xy + zw, 1 - (xx + zz), yz - xw, xz - yw, yz + xw, 1 - (xx + yy))
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 
 def matrix_of_columns(columns: Tensor) -> Tensor:

@@ -14,5 +14,6 @@ from torch import Tensor
 def waves(position: Tensor, octaves: int) -> Tensor:
     """(..., E) -> (..., E (1 + 2 octaves)): numbers, and their sines and cosines at so many scales, each twice as fine
     as the one before, which tell positions finer than half precision does."""
-    angles = [position * (math.pi / 2 * 2.0**octave) for octave in range(octaves)]
-    return torch.cat((position, *(wave for angle in angles for wave in (angle.sin(), angle.cos()))), dim=-1)
+    scale = math.pi / 2 * 2.0 ** torch.arange(octaves, device=position.device, dtype=position.dtype)
+    angles = position[..., None, :] * scale[:, None]
+    return torch.cat((position, torch.stack((angles.sin(), angles.cos()), dim=-2).flatten(-3)), dim=-1)

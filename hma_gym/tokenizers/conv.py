@@ -81,7 +81,9 @@ class ResidualBlock(nn.Module):
         nn.init.normal_(self.outer.weight, std=0.1 / (channels * expansion) ** 0.5)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return x_BCHW + self.outer(F.gelu(self.inner(self.norm(x_BCHW))))
+        change: torch.Tensor = self.outer(F.gelu(self.inner(self.norm(x_BCHW))))
+        # In the memory of the change, unless autocast made that of a lower precision.
+        return change.add_(x_BCHW) if change.dtype == x_BCHW.dtype else x_BCHW + change
 
 
 class Encoder(nn.Module):
@@ -184,7 +186,7 @@ class ConvTokenizer(Tokenizer):
         """Images (B, 3, H, W), about [0, 1], of bottleneck maps: the background, masked by what stands before it."""
         maps_B4HW = self.decoder(latents_BChw)
         mask_B1HW = torch.sigmoid(maps_B4HW[:, 3:])
-        return self.background + mask_B1HW * (maps_B4HW[:, :3] + 0.5 - self.background)
+        return torch.addcmul(self.background, mask_B1HW, maps_B4HW[:, :3] + (0.5 - self.background))
 
     def to_frames(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3), rounded."""

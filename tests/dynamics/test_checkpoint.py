@@ -52,6 +52,14 @@ def trust(folder: Path, name: str) -> None:
     edit(folder, lambda c: c["files"].update({name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}))
 
 
+def test_on_a_cpu_convolutions_have_their_channels_last_and_files_do_not_know(toy_folder: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(toy_folder)
+    convolutions = [m for m in loaded.tokenizer.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert convolutions and all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    again = save_checkpoint(loaded, tmp_path / "again")
+    assert (again / "tokenizer.safetensors").read_bytes() == (toy_folder / "tokenizer.safetensors").read_bytes()
+
+
 def test_full_precision_is_kept_to_the_bit(tmp_path: Path) -> None:
     checkpoint = toy_checkpoint()
     loaded = load_checkpoint(save_checkpoint(checkpoint, tmp_path / "full", half=False, card="# a card\n"))

@@ -58,14 +58,20 @@ def test_untrained_it_draws_the_mean_and_any_leading_dims_and_tokens_are_alike(p
     torch.testing.assert_close(look(one), flat[2:3])
     chosen = torch.tensor([35, 0, 7])
     torch.testing.assert_close(look(things, chosen), flat[:, chosen])
+    with torch.no_grad():  # without gradients memory is used again
+        torch.testing.assert_close(look(things), flat)
+        torch.testing.assert_close(look(things, chosen), flat[:, chosen])
 
 
 def test_where_tokens_lie_is_worked_out_by_rows_and_columns() -> None:
     torch.manual_seed(0)
     look = Look((3, 5), 1, 5, 3, 7, width=8, layers=1, condition=16)
     anchors, layer = torch.randn(2, 3, 4, 2), torch.nn.Linear(2 * 4 * (1 + 2 * OCTAVES), 8)
+    told = torch.randn(2, 3, 8)
     away = look.get_buffer("places")[:, None, :] - anchors[..., None, :, :]
-    torch.testing.assert_close(look.beside(layer, anchors), layer(waves(away.flatten(-2), OCTAVES)))
+    torch.testing.assert_close(
+        look.beside(layer, anchors, told), layer(waves(away.flatten(-2), OCTAVES)) + told[:, :, None]
+    )
 
 
 def test_without_an_object_there_is_nothing_of_it() -> None:
