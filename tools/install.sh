@@ -66,4 +66,10 @@ log "installing hma_gym and what it needs into $venv (several minutes the first 
 # robomimic depends on egl_probe, which needs cmake to build and which nothing here imports: leave it out.
 "${pip[@]}" install -q -c constraints.txt torchvision tensorboardX matplotlib psutil termcolor
 "${pip[@]}" install -q -c constraints.txt --no-deps robomimic==0.3.0
+# Triton stays apart, for tests alone: in a process that draws with Mesa its copy of LLVM crashes.
+triton=$(sed -n 's/^triton==\([0-9.]*\).*/\1/p' constraints.txt)
+if [ "$(uname)" = Linux ] && ! [ -d "$venv/triton/triton-$triton.dist-info" ]; then
+    rm -rf "$venv/triton"
+    "${pip[@]}" install -q --no-deps --target "$venv/triton" "triton==$triton"
+fi
 log "installed"

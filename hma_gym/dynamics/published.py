@@ -18,7 +18,6 @@ A numbers of an action (of ``stride`` actions, in env units).
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -206,13 +205,9 @@ class PublishedModel(nn.Module):
             early: begin each kernel while the one before it ends (NVIDIA, compute capability 9.0 or above).
 
         Raises:
-            InvalidArgument: no Triton here, a device without what its kernels need, or sampling without kernels.
+            MissingExtra: no Triton here; PyTorch for GPUs on Linux brings it along.
+            InvalidArgument: a device without what these kernels need, or sampling that they do not do.
         """
-        if importlib.util.find_spec("triton") is None:
-            raise InvalidArgument(
-                "fuse_step needs Triton, which is not installed here; PyTorch for GPUs on Linux brings it along, or: "
-                "pip install triton."
-            )
         from hma_gym.dynamics.published_fused import FusedStep
 
         fused = FusedStep(self, early)

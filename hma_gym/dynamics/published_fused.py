@@ -27,6 +27,7 @@ class FusedStep:
         early: as for :class:`hma_gym.nn.fused.Launcher`.
 
     Raises:
+        MissingExtra: no Triton here.
         InvalidArgument: sampling that these kernels do not do, or a device that does not run them.
     """
 

@@ -14,15 +14,14 @@ frame with those of its action.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from triton.runtime.interpreter import InterpretedFunction
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn import kernels
 from hma_gym.nn.transformer import Cache, PublishedBlock, SpaceTimeTransformer
 
 #: Tiles of a product that keep a GPU's processors busy: two each; an H100 has 132.
@@ -62,12 +61,14 @@ class Launcher:
         early: begin each while the one before it ends; needs compute capability 9.0.
 
     Raises:
+        MissingExtra: no Triton here.
         InvalidArgument: a device without what they need. (With ``TRITON_INTERPRET=1`` in the environment from the start
             they are interpreted on a CPU, slowly: that is for tests.)
     """
 
     def __init__(self, device: torch.device, early: bool = False) -> None:
-        interpreted = isinstance(kernels.linear, InterpretedFunction)
+        self._kernels = importlib.import_module("hma_gym.nn.kernels")  # which needs Triton
+        interpreted = self._kernels.INTERPRETED
         if device.type != "cuda" and not interpreted:
             raise InvalidArgument(
                 f"fused kernels need weights on a CUDA device, got {str(device)!r}; call the model's own step."
@@ -104,7 +105,7 @@ class Launcher:
             rows, out, inner, weight.itemsize, modulation is not None
         )
         self._launch(
-            kernels.linear,
+            self._kernels.linear,
             (_tiles(rows, row_tile), _tiles(out, out_tile)),
             x_BTND,
             weight,
@@ -141,7 +142,7 @@ class Launcher:
         sizes = (64, 32) if dims <= 64 else (32,)  # as many as registers hold
         queries = next((size for size in sizes if _tiles(N, size) * B * T * heads >= _BUSY), 16)
         self._launch(
-            kernels.attend_frame,
+            self._kernels.attend_frame,
             (_tiles(N, queries), B * T * heads),
             qkv_BTNE,
             y,
@@ -175,7 +176,7 @@ class Launcher:
         dims = _power_of_two(head_dim, 16)
         group = max(1, min(16, 8192 // (dims * max(_power_of_two(W), _power_of_two(T)))))
         self._launch(
-            kernels.attend_ring,
+            self._kernels.attend_ring,
             (_tiles(N * heads, group), B),
             qkv_BTNE,
             *past_BWND,
@@ -221,7 +222,7 @@ class Launcher:
         M, D = position_WMD.shape[1:]
         x = torch.empty(B, T, M, D, device=tokens_BTN.device)
         self._launch(
-            kernels.embed,
+            self._kernels.embed,
             (_tiles(M, 8), B * T),
             tokens_BTN.contiguous(),
             masked_BTN.contiguous(),
@@ -261,7 +262,7 @@ class Launcher:
         B, N, V, F = logits_BNVF.shape
         tokens, masked = torch.empty_like(tokens_BN), torch.empty_like(masked_BN)
         self._launch(
-            kernels.unmask,
+            self._kernels.unmask,
             (_tiles(N, 4), B),
             logits_BNVF,
             tokens_BN.contiguous(),

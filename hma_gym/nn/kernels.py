@@ -12,8 +12,10 @@ Shape legend: as :mod:`hma_gym.nn.transformer`; K inner dimension of a product, 
 """
 
 # Triton reads the annotations of constants itself: they must not become strings.
-import triton
-import triton.language as tl
+from hma_gym.extras import require
+
+triton = require("triton", extra="fused", purpose="fused steps of published models")
+tl = require("triton.language", extra="fused", purpose="fused steps of published models")
 
 
 @triton.jit
@@ -338,3 +340,7 @@ def unmask(
     ahead = (theirs[None, :] > mine[:, None]) | ((theirs[None, :] == mine[:, None]) & (other[None, :] < place[:, None]))
     rank = tl.sum((ahead & (other < positions)[None, :]).to(tl.int32), 1)
     tl.store(new_masked_BN + at, hidden & (rank >= positions - left), mask=alive)
+
+
+#: Whether they are interpreted on a CPU: Triton was told so before it was imported.
+INTERPRETED = not isinstance(linear, triton.JITFunction)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hma_gym.dynamics.published import PublishedGraphs, PublishedModel, PublishedState, read_published
-from hma_gym.errors import InvalidArgument
+from hma_gym.errors import InvalidArgument, MissingExtra
 from hma_gym.nn import noise
 from hma_gym.nn.precision import LowLinear, in_precision, tensor_float32
 
@@ -146,9 +146,10 @@ def test_what_has_no_kernels_is_refused(model: PublishedModel, monkeypatch: pyte
     if not torch.cuda.is_available():
         with pytest.raises(InvalidArgument, match="need compute capability 9.0.*got device 'cpu'"):
             model.fuse_step(early=True)
-        monkeypatch.setattr("hma_gym.nn.fused.kernels.linear", None)  # what is not interpreted
+        monkeypatch.setattr("hma_gym.nn.kernels.INTERPRETED", False)
         with pytest.raises(InvalidArgument, match="need weights on a CUDA device, got 'cpu'"):
             model.fuse_step()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidArgument, match="needs Triton.*pip install triton"):
+    monkeypatch.delitem(sys.modules, "hma_gym.nn.kernels")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingExtra, match=r"'triton' is needed for fused steps.*hma_gym\[fused\]"):
         model.fuse_step()

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hma_gym.dynamics.published import PublishedConfig, PublishedModel, published_trunk
-from hma_gym.nn import fused
+from hma_gym.nn import fused, kernels
 from hma_gym.nn.precision import in_precision
 
 TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -57,19 +57,20 @@ def spilled(cubin: bytes) -> int:
 def main() -> None:
     batch, precision, capability = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     driver.set_active(Absent(capability))
-    kernels: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
 
     def compile_only(
         self: fused.Launcher, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **constants: Any
     ) -> None:
         made = kernel.warmup(*arguments, **constants, EARLY=self._early, num_warps=warps, grid=grid, **self._options)
         tiles = {name: size for name, size in constants.items() if name.endswith("TILE")}
-        found = {"kernel": kernel.fn.__name__, "launched": 0, **tiles, "shared": made.metadata.shared}
-        entry = kernels.setdefault(made.hash, {**found, "spilled": spilled(made.asm["cubin"])})
+        needs = {"kernel": kernel.fn.__name__, "launched": 0, **tiles, "shared": made.metadata.shared}
+        entry = found.setdefault(made.hash, {**needs, "spilled": spilled(made.asm["cubin"])})
         entry["launched"] += 1
 
     def launches_there(self: fused.Launcher, device: torch.device, early: bool) -> None:
         self._early, self._options = early, {"launch_pdl": True} if early else {}
+        self._kernels = kernels
 
     fused.Launcher._launch = compile_only  # type: ignore[method-assign]
     fused.Launcher.__init__ = launches_there  # type: ignore[method-assign]
@@ -80,7 +81,7 @@ def main() -> None:
     tokens = torch.zeros(batch, model.head.positions, dtype=torch.int64)
     with torch.inference_mode():
         model.step(model.start(tokens, torch.arange(batch)), torch.zeros(batch, model.config.action_size))
-    for entry in kernels.values():
+    for entry in found.values():
         print(json.dumps(entry))
 
 
