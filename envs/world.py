@@ -388,9 +388,7 @@ class LearnedWorld:
         """What the judge notes of each frame, (B, D), told its agent_pos (the first of P or more dims) if it can be."""
         if self._coder is None:
             return torch.zeros(len(frames_BHWC), 0, device=self.device)
-        code: Callable[..., Tensor] = self._coder.code
-        given = (frames_BHWC, agent_pos_BP[:, : self._told]) if self._told else (frames_BHWC,)
-        return code(*given).to(self.device)
+        return ask(self._coder, self._coder.code, frames_BHWC, agent_pos_BP[:, : self._told]).to(self.device)
 
     def _codes_apart(self, frames_BHWC: Tensor, agent_pos_BP: Tensor, batch: int) -> Tensor:
         """The same in batches that do not depend on who begins."""

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from hma_gym.nn import noise
 
+#: Draws that are kept apart within one unmasking pass.
+PARTS = 64
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -31,6 +34,14 @@ class Draw:
     seed_B: Tensor
     step_B: Tensor
     stream: int
+
+    def part(self, index: int) -> Draw:
+        """One of the draws of an unmasking pass, 0 to 63; the last is :meth:`order`."""
+        return Draw(self.seed_B, self.step_B, self.stream * PARTS + index)
+
+    def order(self) -> Draw:
+        """That of the order of unmasking."""
+        return self.part(PARTS - 1)
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) uniform numbers in (0, 1)."""

@@ -321,11 +321,11 @@ class SoftHead(nn.Module):
         return loss, {"mean_loss": mean_loss.detach(), "flow_loss": flow_loss.detach()}
 
     def sample(self, features_BND: Tensor, scene: Scene, draw: Draw, temperature: float) -> tuple[Tensor, Tensor]:
-        order_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).uniform(self.positions)
+        order_BN = draw.order().uniform(self.positions)
         mean = self._mean(features_BND, scene)
         if temperature == 0:
             return scene.previous + self._unpatch(mean), order_BN
-        noise = temperature * Draw(draw.seed_B, draw.step_B, draw.stream * 64).normal(*mean.shape[1:])
+        noise = temperature * draw.part(0).normal(*mean.shape[1:])
         y = self.flow.sample(noise, self._context(features_BND, mean))
         if self.of_latents:
             return self._unpatch(y), order_BN

@@ -156,7 +156,7 @@ class MaskGITHead(nn.Module):
         for i, logits in enumerate(self._logits(features_BND)):
             scores = logits
             if temperature > 0:
-                noise = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + i).gumbel(*logits.shape[1:])
+                noise = draw.part(i).gumbel(*logits.shape[1:])
                 scores = logits / temperature + noise
             choice = scores.argmax(dim=-1)
             factors.append(choice)
@@ -165,9 +165,9 @@ class MaskGITHead(nn.Module):
                 confidence_BN = confidence_BN + log_probability.sum(dim=-1)
         tokens = self._unpatch(join_factors(torch.stack(factors, dim=-1), self.config.vocabulary))
         if self.config.order == "random":
-            confidence_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).uniform(confidence_BN.shape[1])
+            confidence_BN = draw.order().uniform(confidence_BN.shape[1])
         elif temperature > 0:
-            noise_BN = Draw(draw.seed_B, draw.step_B, draw.stream * 64 + 63).gumbel(confidence_BN.shape[1])
+            noise_BN = draw.order().gumbel(confidence_BN.shape[1])
             confidence_BN = confidence_BN + temperature * noise_BN
         return tokens, confidence_BN
 

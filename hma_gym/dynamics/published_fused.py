@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hma_gym.dynamics.heads import Draw
 from hma_gym.dynamics.masking import masked_after
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.fused import Launcher, extend
@@ -72,5 +73,5 @@ class FusedStep:
         logits = self._launcher.linear(model.head.logits_out, features_BND.contiguous()[:, None])[:, 0]
         left = masked_after(index, model.config.decode_steps, model.head.positions)
         split = logits.unflatten(-1, self._tables_VFD.shape[:2])
-        tokens, masked = self._launcher.unmask(split, *now, *draw, index * 64 + 63, left)
+        tokens, masked = self._launcher.unmask(split, *now, *draw, Draw(*draw, index).order().stream, left)
         return tokens, masked, None if index else logits

@@ -53,6 +53,18 @@ class _Input:
     modulation_BT2D: Tensor | None = None
 
 
+def check_device(device: torch.device, early: bool, interpreted: bool) -> None:
+    """Raises :class:`InvalidArgument` for a device that does not run kernels; what is ``interpreted`` needs none."""
+    if device.type != "cuda" and not interpreted:
+        raise InvalidArgument(
+            f"fused kernels need weights on a CUDA device, got {str(device)!r}; call the model's own step."
+        )
+    if early and (interpreted or torch.cuda.get_device_capability(device) < (9, 0)):
+        raise InvalidArgument(
+            f"early kernels need compute capability 9.0 or above, got device {str(device)!r}; leave early out."
+        )
+
+
 class Launcher:
     """Launches the kernels of :mod:`hma_gym.nn.kernels`.
 
@@ -68,15 +80,7 @@ class Launcher:
 
     def __init__(self, device: torch.device, early: bool = False) -> None:
         self._kernels = importlib.import_module("hma_gym.nn.kernels")  # which needs Triton
-        interpreted = self._kernels.INTERPRETED
-        if device.type != "cuda" and not interpreted:
-            raise InvalidArgument(
-                f"fused kernels need weights on a CUDA device, got {str(device)!r}; call the model's own step."
-            )
-        if early and (interpreted or torch.cuda.get_device_capability(device) < (9, 0)):
-            raise InvalidArgument(
-                f"early kernels need compute capability 9.0 or above, got device {str(device)!r}; leave early out."
-            )
+        check_device(device, early, self._kernels.INTERPRETED)
         self._options: dict[str, Any] = {"launch_pdl": True} if early else {}
         self._early = early
 
