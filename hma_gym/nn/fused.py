@@ -6,7 +6,9 @@ the discrete head do, in the same order and to float rounding: products in the p
 where PyTorch allows it, bfloat16) with sums in float32, everything else in float32. Together with CUDA graphs, which
 spare the host the launches, that is for small batches; large ones gain less.
 
-Sizes of tiles are chosen so that a product has about as many tiles as the GPU has processors.
+Sizes of tiles are chosen so that a product has not many fewer tiles than the GPU has processors: of those that were
+timed on an H200 (132 processors) for products of 640 rows, tiles of 64 x 32, 64 x 64 and 64 x 128 were the fastest for
+256, 768 and 1024 columns, which are 80, 120 and 80 of them. Smaller ones read the same rows and weights more often.
 
 Shape legend: as :mod:`hma_gym.nn.transformer`; S tokens of a frame, V factors of their vocabulary, M positions of a
 frame with those of its action.
@@ -24,8 +26,17 @@ from torch import Tensor, nn
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.transformer import Cache, PublishedBlock, SpaceTimeTransformer
 
-#: Tiles of a product that keep a GPU's processors busy: two each; an H100 has 132.
-_BUSY = 264
+#: Tiles for each of a GPU's processors that are enough, see above.
+_BUSY = 0.6
+
+#: Processors of an H100 or H200, for which kernels are compiled where there is no GPU.
+_PROCESSORS = 132
+
+#: Bytes of shared memory that a tile may need; any GPU since 2020 has 1 KB more.
+_SHARED = 98 * 1024
+
+#: Heads of tokens that attend over time in one program, at most.
+_GROUP = 16
 
 #: Of a layer norm, where nothing else is said.
 _EPSILON = 1e-5
@@ -83,9 +94,21 @@ class Launcher:
         check_device(device, early, self._kernels.INTERPRETED)
         self._options: dict[str, Any] = {"launch_pdl": True} if early else {}
         self._early = early
+        known = device.type == "cuda" and torch.cuda.is_available()
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if known else _PROCESSORS
+        self._enough = _BUSY * processors
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        kernel[grid](*arguments, **constants, EARLY=self._early, num_warps=warps, **self._options)
+    def _launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        warps: int = 4,
+        stages: int = 3,
+        **constants: Any,
+    ) -> None:
+        options = {"num_warps": warps, "num_stages": stages, **self._options}
+        kernel[grid](*arguments, **constants, EARLY=self._early, **options)
 
     def linear(
         self,
@@ -97,43 +120,49 @@ class Launcher:
         residual: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``."""
+        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``.
+
+        A ``residual`` other than ``x_BTND`` must be older than what was launched last.
+        """
         given = given or _Input()
         B, T, N, inner = x_BTND.shape
-        weight, rows, out = layer.weight, B * T * N, len(layer.weight)
+        weight, out = layer.weight, len(layer.weight)
         y = torch.empty(B, T, N, out, device=x_BTND.device, dtype=dtype)
         modulation = given.modulation_BT2D
         if modulation is not None and modulation.stride()[2:] != (inner, 1):
             modulation = modulation.contiguous()
-        row_tile, out_tile, inner_tile, warps = _product_tiles(
-            rows, out, inner, weight.itemsize, modulation is not None
-        )
+        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)  # a modulated tile is of one frame
+        sizes, normalised = (x_BTND.itemsize, weight.itemsize), given.epsilon is not None
+        tiles = _product_tiles(sets, rows, out, inner, sizes, normalised, self._enough)
         self._launch(
             self._kernels.linear,
-            (_tiles(rows, row_tile), _tiles(out, out_tile)),
+            (sets * _tiles(rows, tiles.rows), _tiles(out, tiles.out)),
             x_BTND,
             weight,
             layer.bias if layer.bias is not None else weight,
             modulation if modulation is not None else weight,
             residual if residual is not None else weight,
             y,
-            rows,
+            B * T * N,
             N,
             T,
             *((modulation.stride(0), modulation.stride(1)) if modulation is not None else (0, 0)),
             OUT=out,
             INNER=inner,
-            NORMALISE=given.epsilon is not None,
+            NORMALISE=normalised,
             EPSILON=given.epsilon or 0.0,
             MODULATE=modulation is not None,
             BIAS=layer.bias is not None,
             GELU=gelu,
             RESIDUAL=residual is not None,
+            OLD_RESIDUAL=residual is not None and residual is not x_BTND,
             PRECISION=_precision(),
-            ROW_TILE=row_tile,
-            OUT_TILE=out_tile,
-            INNER_TILE=inner_tile,
-            warps=warps,
+            ROW_TILE=tiles.rows,
+            OUT_TILE=tiles.out,
+            INNER_TILE=tiles.inner,
+            WHOLE_TILE=_power_of_two(inner, 16),
+            warps=tiles.warps,
+            stages=tiles.stages,
         )
         return y
 
@@ -143,8 +172,7 @@ class Launcher:
         head_dim = E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=qkv_BTNE.dtype)
         dims = _power_of_two(head_dim, 16)
-        sizes = (64, 32) if dims <= 64 else (32,)  # as many as registers hold
-        queries = next((size for size in sizes if _tiles(N, size) * B * T * heads >= _BUSY), 16)
+        queries, keys, warps = _attention_tiles(B * T * heads, N, dims, qkv_BTNE.itemsize, self._enough)
         self._launch(
             self._kernels.attend_frame,
             (_tiles(N, queries), B * T * heads),
@@ -157,7 +185,9 @@ class Launcher:
             DIM_TILE=dims,
             PRECISION=_precision(),
             QUERY_TILE=queries,
-            KEY_TILE=64 if dims <= 64 else 32,
+            KEY_TILE=keys,
+            warps=warps,
+            stages=3 if dims * qkv_BTNE.itemsize <= 256 else 2,
         )
         return y
 
@@ -178,7 +208,7 @@ class Launcher:
         W, head_dim = past_BWND[0].shape[1], E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=dtype)
         dims = _power_of_two(head_dim, 16)
-        group = max(1, min(16, 8192 // (dims * max(_power_of_two(W), _power_of_two(T)))))
+        group = max(1, min(_GROUP, 8192 // (dims * max(_power_of_two(W), _power_of_two(T)))))
         self._launch(
             self._kernels.attend_ring,
             (_tiles(N * heads, group), B),
@@ -292,16 +322,49 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _product_tiles(rows: int, out: int, inner: int, itemsize: int, modulated: bool) -> tuple[int, int, int, int]:
-    """Rows, columns and depth of a product's tiles, and warps for each: the largest ones of which there are enough, and
-    as deep as registers and 99 KB of shared memory hold, which any GPU since 2020 has; in one step if they can."""
-    sizes = ((128, 128, 8), (64, 64, 4), (32, 64, 4), (32, 32, 4))[1 if modulated or itemsize > 2 else 0 :]
-    enough = [size for size in sizes if _tiles(rows, size[0]) * _tiles(out, size[1]) >= _BUSY]
-    row_tile, out_tile, warps = enough[0] if enough else (16, 32, 4)
-    if itemsize == 2 and row_tile <= 32 and inner <= 256:
-        return row_tile, out_tile, _power_of_two(inner, 16), warps
-    depth = 256 // itemsize // (1 if row_tile <= 32 else 2) // (2 if modulated else 1)
-    return row_tile, out_tile, min(_power_of_two(inner, 16), depth), warps
+@dataclass(frozen=True)
+class _Tiles:
+    """Rows, columns and depth of a product's tiles; warps for each, and how many depths are on their way at once."""
+
+    rows: int
+    out: int
+    inner: int
+    warps: int
+    stages: int = 1
+
+
+def _product_tiles(
+    sets: int, rows: int, out: int, inner: int, sizes: tuple[int, int], normalised: bool, enough: float
+) -> _Tiles:
+    """Tiles of a product of so many sets of rows: the largest of which there are enough.
+
+    Args:
+        sizes: bytes of a number of the input, and of a weight.
+        normalised: the input is made anew, in the precision of the weights, before it is multiplied.
+    """
+    largest = 0 if sizes[1] == 2 else 1 if _precision() == "tf32" else 2  # three products need more registers
+    candidates = ((64, 128), (64, 64), (64, 32), (32, 32), (16, 32))[largest:]
+    fit = ((r, o) for r, o in candidates if sets * _tiles(rows, r) * _tiles(out, o) >= enough)
+    row_tile, out_tile = next(fit, candidates[-1])
+    warps = 8 if row_tile >= 64 else 4
+    deepest = _power_of_two(inner, 16)
+    if sizes[1] == 2 and inner <= 256:  # 16 bits: all of it at once, if there is room
+        bytes_deep = row_tile * sizes[1 if normalised else 0] + out_tile * sizes[1]
+        if deepest * bytes_deep <= _SHARED:
+            return _Tiles(row_tile, out_tile, deepest, warps)
+    bytes_deep = row_tile * sizes[0] + out_tile * sizes[1]
+    depth = min(deepest, 128 if sizes[1] == 2 else 32)
+    while depth > 16 and 3 * depth * bytes_deep > _SHARED:
+        depth //= 2
+    return _Tiles(row_tile, out_tile, depth, warps, min(5 if sizes[1] == 2 else 3, _SHARED // (depth * bytes_deep)))
+
+
+def _attention_tiles(sets: int, tokens: int, dims: int, itemsize: int, enough: float) -> tuple[int, int, int]:
+    """Queries, keys and warps of a tile of attention within frames: as many queries as registers hold, if there are
+    enough such tiles; a warp has its rows for itself where they are narrow."""
+    sizes = (64, 32) if dims <= 64 else (32,)
+    queries = next((size for size in sizes if sets * _tiles(tokens, size) >= enough), 16)
+    return queries, 64 if dims * itemsize <= 64 else 32, queries // 16 if dims * itemsize <= 256 else 4
 
 
 def extend(

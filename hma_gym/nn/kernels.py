@@ -27,6 +27,14 @@ def _begin(EARLY: tl.constexpr):
 
 
 @triton.jit
+def _fetch(at):
+    """Has the cache lines at these addresses brought near; what is there already matters no more than what is not."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.uint64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def linear(
     x_RK,
     weight_EK,
@@ -47,64 +55,103 @@ def linear(
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    OLD_RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
     INNER_TILE: tl.constexpr,
+    WHOLE_TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y = [residual +] [gelu]([modulated] [layer norm of] x weight' [+ bias]); a modulation is (shift, scale)."""
-    row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
+    """y = [residual +] [gelu]([modulated] [layer norm of] x weight' [+ bias]); a modulation is (shift, scale).
+
+    ``WHOLE_TILE`` columns are all of the inner ones. Where ``INNER_TILE`` is as many, all is read at once. A residual
+    that the kernel before did not write is ``OLD_RESIDUAL``. The rows of a program are of one frame if modulated.
+    """
+    if MODULATE:
+        tiles = tl.cdiv(tokens, ROW_TILE)
+        frame = tl.program_id(0) // tiles
+        place = tl.program_id(0) % tiles * ROW_TILE + tl.arange(0, ROW_TILE)
+        row, row_alive = frame * tokens + place, place < tokens
+        modulation_at = modulation_BT2K + frame // frames * modulation_row + frame % frames * modulation_frame
+    else:
+        row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
+        row_alive = row < rows
     out = tl.program_id(1) * OUT_TILE + tl.arange(0, OUT_TILE)
-    inner = tl.arange(0, INNER_TILE)
-    row_alive, out_alive = row < rows, out < OUT
+    inner, whole = tl.arange(0, INNER_TILE), tl.arange(0, WHOLE_TILE)
+    out_alive, whole_alive = out < OUT, whole < INNER
     row_at = row[:, None].to(tl.int64)  # more rows times columns than 32 bits hold
-    x_at = x_RK + row_at * INNER + inner[None, :]
     weight_at = weight_EK + out[None, :] * INNER + inner[:, None]
-    frame = row // tokens
-    modulation_at = (
-        modulation_BT2K + (frame // frames)[:, None] * modulation_row + (frame % frames)[:, None] * modulation_frame
-    )
-    weight = tl.load(weight_at, mask=out_alive[None, :] & (inner < INNER)[:, None], other=0.0)
+    here = row_at * OUT + out[None, :]
+    alive = row_alive[:, None] & out_alive[None, :]
+
+    # What was there before the kernel before.
+    if INNER_TILE == WHOLE_TILE:
+        weight = tl.load(weight_at, mask=out_alive[None, :] & (inner < INNER)[:, None], other=0.0)
+    elif EARLY:
+        LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
+        line = tl.arange(0, WHOLE_TILE // LINE) * LINE
+        _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
     if BIAS:
         bias = tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
+    if MODULATE and INNER_TILE == WHOLE_TILE:
+        shift = tl.load(modulation_at + inner, mask=whole_alive, other=0.0)
+        scale = tl.load(modulation_at + INNER + inner, mask=whole_alive, other=0.0)
+    if OLD_RESIDUAL:
+        residual = tl.load(residual_RE + here, mask=alive, other=0.0)
     _begin(EARLY)
-    if NORMALISE:
+
+    if RESIDUAL and not OLD_RESIDUAL:
+        residual = tl.load(residual_RE + here, mask=alive, other=0.0)
+    x_at = x_RK + row_at * INNER
+    if INNER_TILE == WHOLE_TILE or (NORMALISE and ROW_TILE * WHOLE_TILE <= 16384):  # numbers that registers hold
+        x = tl.load(x_at + whole[None, :], mask=row_alive[:, None] & whole_alive[None, :], other=0.0)
+        if NORMALISE:
+            x = x.to(tl.float32)
+            mean = tl.sum(x, 1) / INNER
+            x = tl.where(whole_alive[None, :], x - mean[:, None], 0.0)
+            rate = tl.rsqrt(tl.sum(x * x, 1) / INNER + EPSILON)
+    elif NORMALISE:
         total = tl.zeros((ROW_TILE,), tl.float32)
         for k in range(0, INNER, INNER_TILE):
-            x = tl.load(x_at + k, mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0)
-            total += tl.sum(x.to(tl.float32), 1)
+            part = tl.load(
+                x_at + (k + inner)[None, :], mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0
+            )
+            total += tl.sum(part.to(tl.float32), 1)
         mean = total / INNER
         total = tl.zeros((ROW_TILE,), tl.float32)
         for k in range(0, INNER, INNER_TILE):
-            x = tl.load(x_at + k, mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0)
-            off = tl.where((k + inner < INNER)[None, :], x.to(tl.float32) - mean[:, None], 0.0)
+            part = tl.load(
+                x_at + (k + inner)[None, :], mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0
+            )
+            off = tl.where((k + inner < INNER)[None, :], part.to(tl.float32) - mean[:, None], 0.0)
             total += tl.sum(off * off, 1)
         rate = tl.rsqrt(total / INNER + EPSILON)
-    sum_RE = tl.zeros((ROW_TILE, OUT_TILE), tl.float32)
-    for k in range(0, INNER, INNER_TILE):
-        k_alive = k + inner < INNER
-        x = tl.load(x_at + k, mask=row_alive[:, None] & k_alive[None, :], other=0.0)
+    if INNER_TILE == WHOLE_TILE:
         if NORMALISE:
-            x = (x.to(tl.float32) - mean[:, None]) * rate[:, None]
+            x = x * rate[:, None]
         if MODULATE:
-            told = row_alive[:, None] & k_alive[None, :]
-            shift = tl.load(modulation_at + (k + inner)[None, :], mask=told, other=0.0)
-            scale = tl.load(modulation_at + INNER + (k + inner)[None, :], mask=told, other=0.0)
-            x = x * (1.0 + scale) + shift
-        if NORMALISE or MODULATE:
-            x = tl.where(k_alive[None, :], x, 0.0)
-        now, after = weight, k + INNER_TILE
-        weight = tl.load(weight_at + after, mask=out_alive[None, :] & (after + inner < INNER)[:, None], other=0.0)
-        sum_RE = tl.dot(x.to(now.dtype), now, sum_RE, input_precision=PRECISION)
+            x = x * (1.0 + scale)[None, :] + shift[None, :]
+        sum_RE = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
+    else:
+        sum_RE = tl.zeros((ROW_TILE, OUT_TILE), tl.float32)
+        for k in range(0, INNER, INNER_TILE):
+            k_alive = k + inner < INNER
+            part = tl.load(x_at + (k + inner)[None, :], mask=row_alive[:, None] & k_alive[None, :], other=0.0)
+            weight = tl.load(weight_at + k, mask=out_alive[None, :] & k_alive[:, None], other=0.0)
+            if NORMALISE:
+                part = (part.to(tl.float32) - mean[:, None]) * rate[:, None]
+            if MODULATE:
+                shift = tl.load(modulation_at + k + inner, mask=k_alive, other=0.0)
+                scale = tl.load(modulation_at + INNER + k + inner, mask=k_alive, other=0.0)
+                part = part * (1.0 + scale)[None, :] + shift[None, :]
+            sum_RE = tl.dot(part.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
     if BIAS:
         sum_RE += bias[None, :]
     if GELU:
         sum_RE = 0.5 * sum_RE * (1.0 + tl.erf(sum_RE * 0.7071067811865476))
-    here = row_at * OUT + out[None, :]
-    alive = row_alive[:, None] & out_alive[None, :]
     if RESIDUAL:
-        sum_RE += tl.load(residual_RE + here, mask=alive, other=0.0)
+        sum_RE += residual
     tl.store(y_RE + here, sum_RE.to(y_RE.dtype.element_ty), mask=alive)
 
 

@@ -22,7 +22,7 @@ FOLDER = Path(sys.prefix) / "triton"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is here: they run by themselves")
-@pytest.mark.parametrize("file", ["nn/test_kernels.py", "dynamics/test_published_fused.py"])
+@pytest.mark.parametrize("file", ["nn/test_kernels.py", "nn/test_fused.py", "dynamics/test_published_fused.py"])
 def test_kernels(file: str) -> None:
     if not FOLDER.is_dir():
         reason = f"Triton, which has wheels for Linux only, is not in {FOLDER}: make install"

@@ -1,0 +1,54 @@
+"""A fused product is the product with what comes before and after it, whatever the tiles.
+
+Without a GPU kernels run in Triton's interpreter; see tests/nn/test_kernels_apart.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hma_gym.nn.precision import tensor_float32
+
+pytestmark = pytest.mark.triton
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+#: Rows, columns and depth: all of the depth at once, in parts, and with more rows than registers would hold.
+TILES = [(16, 32, 128), (32, 64, 32), (256, 16, 32)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("what", ["plain", "normalised", "modulated"])
+@pytest.mark.parametrize("residual", ["none", "input", "older"])
+def test_fused_product(
+    device: str, tiles: tuple[int, int, int], what: str, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hma_gym.nn import fused
+
+    monkeypatch.setattr(fused, "_product_tiles", lambda *_: fused._Tiles(*tiles, warps=4, stages=2))
+    generator = torch.Generator().manual_seed(0)
+    B, T, N, D = 2, 3, 21, 72
+    E = D if residual == "input" else 104
+    layer = nn.Linear(D, E, bias=what != "plain").requires_grad_(False)
+    x = 1 + torch.randn(B, T, N, D, generator=generator)
+    modulation = torch.randn(B, 1, 2 * D, generator=generator).expand(-1, T, -1)  # one for all frames
+    old = {"none": None, "input": x, "older": torch.randn(B, T, N, E, generator=generator)}[residual]
+
+    inner = x if what == "plain" else F.layer_norm(x, (D,), eps=1e-5)
+    if what == "modulated":
+        shift, scale = modulation[:, :, None].chunk(2, dim=-1)
+        inner = inner * (1 + scale) + shift
+    wanted = F.gelu(layer(inner)) + (0 if old is None else old)
+
+    given = fused._Input(None if what == "plain" else 1e-5, modulation.to(device) if what == "modulated" else None)
+    on = x.to(device)
+    after = on if residual == "input" else None if old is None else old.to(device)
+    with tensor_float32(False):
+        made = fused.Launcher(torch.device(device)).linear(
+            layer.to(device), on, given if what != "plain" else None, gelu=True, residual=after
+        )
+    torch.testing.assert_close(made.cpu(), wanted, rtol=0.0, atol=2e-5)
