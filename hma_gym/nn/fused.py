@@ -52,15 +52,32 @@ def _tiles(count: int, size: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Input:
+class Rows:
+    """Rows of the residual stream, and what a product of them, or of their layer norm, needs.
+
+    Attributes:
+        x_BTND: float32.
+        low_BTND: the same in the precision of products.
+        moments_BTNP2: of each part of a row, the mean and the sum of squared deviations from it; or None.
+        part: columns of each part but the last, which may have fewer.
+    """
+
+    x_BTND: Tensor
+    low_BTND: Tensor
+    moments_BTNP2: Tensor | None = None
+    part: int = 1
+
+
+@dataclass(frozen=True)
+class _Norm:
     """What is done to a product's input.
 
     Attributes:
-        epsilon: of a layer norm; None without.
-        modulation_BT2D: shift and scale after it.
+        epsilon: of a layer norm.
+        modulation_BT2D: shift and scale after it, if any.
     """
 
-    epsilon: float | None = None
+    epsilon: float
     modulation_BT2D: Tensor | None = None
 
 
@@ -110,52 +127,108 @@ class Launcher:
         options = {"num_warps": warps, "num_stages": stages, **self._options}
         kernel[grid](*arguments, **constants, EARLY=self._early, **options)
 
+    def rows(self, x_BTND: Tensor, low: torch.dtype) -> Rows:
+        """Rows (float32) for products in the precision ``low``."""
+        D = x_BTND.shape[-1]
+        rows = x_BTND.numel() // D
+        lowered = x_BTND if low == x_BTND.dtype else torch.empty_like(x_BTND, dtype=low)
+        moments = torch.empty(*x_BTND.shape[:-1], 1, 2, device=x_BTND.device)
+        self._launch(
+            self._kernels.moments,
+            (_tiles(rows, 8),),
+            x_BTND,
+            lowered,
+            moments,
+            rows,
+            WIDTH=D,
+            LOW=lowered is not x_BTND,
+            WIDTH_TILE=_power_of_two(D),
+            ROW_TILE=8,
+        )
+        return Rows(x_BTND, lowered, moments, D)
+
     def linear(
         self,
         layer: nn.Linear,
-        x_BTND: Tensor,
-        given: _Input | None = None,
+        x: Tensor | Rows,
+        norm: _Norm | None = None,
         *,
         gelu: bool = False,
-        residual: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``.
+        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``; moments for a ``norm``."""
+        return self._linear(layer, x, norm, gelu, None, dtype)
 
-        A ``residual`` other than ``x_BTND`` must be older than what was launched last.
-        """
-        given = given or _Input()
-        B, T, N, inner = x_BTND.shape
-        weight, out = layer.weight, len(layer.weight)
-        y = torch.empty(B, T, N, out, device=x_BTND.device, dtype=dtype)
-        modulation = given.modulation_BT2D
+    def linear_onto(
+        self, layer: nn.Linear, x: Tensor | Rows, onto: Rows, norm: _Norm | None = None, *, moments: bool = True
+    ) -> Rows:
+        """``onto`` and a linear layer of ``x``; ``onto`` is ``x``, or older than what was launched last."""
+        B, T, N, out = onto.x_BTND.shape
+        part = self._tiles(layer, x, norm).out
+        lowered = torch.empty_like(onto.low_BTND) if onto.low_BTND is not onto.x_BTND else None
+        made = onto.x_BTND.new_empty(B, T, N, _tiles(out, part), 2) if moments else None
+        y = self._linear(layer, x, norm, False, onto, torch.float32, lowered, made)
+        return Rows(y, y if lowered is None else lowered, made, part)
+
+    def _tiles(self, layer: nn.Linear, x: Tensor | Rows, norm: _Norm | None) -> _Tiles:
+        low = x.low_BTND if isinstance(x, Rows) else x
+        B, T, N, inner = low.shape
+        modulated = norm is not None and norm.modulation_BT2D is not None
+        sets, rows = (B * T, N) if modulated else (1, B * T * N)  # a modulated tile is of one frame
+        sizes = low.itemsize, layer.weight.itemsize
+        return _product_tiles(sets, rows, len(layer.weight), inner, sizes, modulated, self._enough)
+
+    def _linear(
+        self,
+        layer: nn.Linear,
+        x: Tensor | Rows,
+        norm: _Norm | None,
+        gelu: bool,
+        onto: Rows | None,
+        dtype: torch.dtype,
+        lowered: Tensor | None = None,
+        made: Tensor | None = None,
+    ) -> Tensor:
+        given = x if isinstance(x, Rows) else Rows(x, x)
+        low, weight, out = given.low_BTND, layer.weight, len(layer.weight)
+        modulation, moments = norm.modulation_BT2D if norm else None, given.moments_BTNP2 if norm else None
+        B, T, N, inner = low.shape
         if modulation is not None and modulation.stride()[2:] != (inner, 1):
             modulation = modulation.contiguous()
-        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)  # a modulated tile is of one frame
-        sizes, normalised = (x_BTND.itemsize, weight.itemsize), given.epsilon is not None
-        tiles = _product_tiles(sets, rows, out, inner, sizes, normalised, self._enough)
+        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)
+        tiles = self._tiles(layer, x, norm)
+        parts = moments.shape[-2] if moments is not None else 1
+        y = torch.empty(B, T, N, out, device=low.device, dtype=dtype)
         self._launch(
             self._kernels.linear,
             (sets * _tiles(rows, tiles.rows), _tiles(out, tiles.out)),
-            x_BTND,
+            low,
             weight,
             layer.bias if layer.bias is not None else weight,
+            moments if moments is not None else weight,
             modulation if modulation is not None else weight,
-            residual if residual is not None else weight,
+            onto.x_BTND if onto is not None else weight,
             y,
+            lowered if lowered is not None else y,
+            made if made is not None else y,
             B * T * N,
             N,
             T,
             *((modulation.stride(0), modulation.stride(1)) if modulation is not None else (0, 0)),
             OUT=out,
             INNER=inner,
-            NORMALISE=normalised,
-            EPSILON=given.epsilon or 0.0,
+            NORMALISE=norm is not None,
+            EPSILON=norm.epsilon if norm else 0.0,
+            PARTS=parts,
+            PART=given.part,
+            PARTS_TILE=_power_of_two(parts),
             MODULATE=modulation is not None,
             BIAS=layer.bias is not None,
             GELU=gelu,
-            RESIDUAL=residual is not None,
-            OLD_RESIDUAL=residual is not None and residual is not x_BTND,
+            RESIDUAL=onto is not None,
+            OLD_RESIDUAL=onto is not None and onto is not x,
+            LOW=lowered is not None,
+            MOMENTS=made is not None,
             PRECISION=_precision(),
             ROW_TILE=tiles.rows,
             OUT_TILE=tiles.out,
@@ -334,25 +407,25 @@ class _Tiles:
 
 
 def _product_tiles(
-    sets: int, rows: int, out: int, inner: int, sizes: tuple[int, int], normalised: bool, enough: float
+    sets: int, rows: int, out: int, inner: int, sizes: tuple[int, int], modulated: bool, enough: float
 ) -> _Tiles:
     """Tiles of a product of so many sets of rows: the largest of which there are enough.
 
     Args:
         sizes: bytes of a number of the input, and of a weight.
-        normalised: the input is made anew, in the precision of the weights, before it is multiplied.
+        modulated: the weights are changed first, in registers.
     """
-    largest = 0 if sizes[1] == 2 else 1 if _precision() == "tf32" else 2  # three products need more registers
+    if sizes[1] == 2:
+        largest = 2 if modulated else 0
+    else:
+        largest = 1 if _precision() == "tf32" else 2  # three products need more registers
     candidates = ((64, 128), (64, 64), (64, 32), (32, 32), (16, 32))[largest:]
     fit = ((r, o) for r, o in candidates if sets * _tiles(rows, r) * _tiles(out, o) >= enough)
     row_tile, out_tile = next(fit, candidates[-1])
-    warps = 8 if row_tile >= 64 else 4
-    deepest = _power_of_two(inner, 16)
-    if sizes[1] == 2 and inner <= 256:  # 16 bits: all of it at once, if there is room
-        bytes_deep = row_tile * sizes[1 if normalised else 0] + out_tile * sizes[1]
-        if deepest * bytes_deep <= _SHARED:
-            return _Tiles(row_tile, out_tile, deepest, warps)
-    bytes_deep = row_tile * sizes[0] + out_tile * sizes[1]
+    warps = 8 if row_tile >= 64 or modulated else 4
+    deepest, bytes_deep = _power_of_two(inner, 16), row_tile * sizes[0] + out_tile * sizes[1]
+    if sizes[1] == 2 and inner <= 256 and deepest * bytes_deep <= _SHARED:
+        return _Tiles(row_tile, out_tile, deepest, warps)
     depth = min(deepest, 128 if sizes[1] == 2 else 32)
     while depth > 16 and 3 * depth * bytes_deep > _SHARED:
         depth //= 2
@@ -380,34 +453,36 @@ def extend(
     keys, values = cache.keys_BLWND, cache.values_BLWND
     if commit and not in_place:
         keys, values = keys.clone(), values.clone()
+    assert isinstance(trunk.blocks[0], PublishedBlock)
+    rows = launcher.rows(x_BTND, trunk.blocks[0].up.weight.dtype)
     for layer, block in enumerate(trunk.blocks):
         assert isinstance(block, PublishedBlock)
         past = cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer]
         into = keys[:, layer], values[:, layer]
-        x_BTND = _block(launcher, block, x_BTND, modulation_BTLMD[:, :, layer], past, into, cache.step_B, commit)
-    return x_BTND, Cache(keys, values, cache.step_B + commit)
+        rows = _block(launcher, block, rows, modulation_BTLMD[:, :, layer], past, into, cache.step_B, commit)
+    return rows.x_BTND, Cache(keys, values, cache.step_B + commit)
 
 
 def _block(
     launcher: Launcher,
     block: PublishedBlock,
-    x_BTND: Tensor,
+    rows: Rows,
     modulation_BT2D: Tensor,
     past_BWND: tuple[Tensor, Tensor],
     into_BWND: tuple[Tensor, Tensor],
     step_B: Tensor,
     commit: int,
-) -> Tensor:
+) -> Rows:
     low, heads = block.up.weight.dtype, block.config.heads  # what only products read is kept as they take it
-    normal = _Input(_EPSILON)
-    qkv = launcher.linear(block.spatial.qkv, x_BTND, normal, dtype=low)
+    normal = _Norm(_EPSILON)
+    qkv = launcher.linear(block.spatial.qkv, rows, normal, dtype=low)
     y = launcher.attend_frame(qkv, heads, block.scale)
-    x_BTND = launcher.linear(block.spatial.out, y, residual=x_BTND)
+    rows = launcher.linear_onto(block.spatial.out, y, rows)
     assert block.mix is not None
-    modulated = _Input(block.mix_epsilon, modulation_BT2D)
-    x_BTND = launcher.linear(block.mix, x_BTND, modulated, residual=x_BTND)
-    qkv = launcher.linear(block.temporal.qkv, x_BTND)
+    modulated = _Norm(block.mix_epsilon, modulation_BT2D)
+    rows = launcher.linear_onto(block.mix, rows, rows, modulated, moments=False)
+    qkv = launcher.linear(block.temporal.qkv, rows)
     y = launcher.attend_ring(qkv, past_BWND, into_BWND, step_B, commit, heads, block.scale, low)
-    x_BTND = launcher.linear(block.temporal.out, y, residual=x_BTND)
-    hidden = launcher.linear(block.up, x_BTND, normal, gelu=True, dtype=low)
-    return launcher.linear(block.down, hidden, residual=x_BTND)
+    rows = launcher.linear_onto(block.temporal.out, y, rows)
+    hidden = launcher.linear(block.up, rows, normal, gelu=True, dtype=low)
+    return launcher.linear_onto(block.down, hidden, rows)

@@ -39,9 +39,12 @@ def linear(
     x_RK,
     weight_EK,
     bias_E,
+    moments_RP2,
     modulation_BT2K,
     residual_RE,
     y_RE,
+    y_low_RE,
+    y_moments_RP2,
     rows,
     tokens,
     frames,
@@ -51,11 +54,16 @@ def linear(
     INNER: tl.constexpr,
     NORMALISE: tl.constexpr,
     EPSILON: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
     MODULATE: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OLD_RESIDUAL: tl.constexpr,
+    LOW: tl.constexpr,
+    MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
     OUT_TILE: tl.constexpr,
@@ -64,6 +72,12 @@ def linear(
     EARLY: tl.constexpr,
 ):
     """y = [residual +] [gelu]([modulated] [layer norm of] x weight' [+ bias]); a modulation is (shift, scale).
+
+    Nothing is done to x, which goes to the product as it lies in memory. A norm is one of the result: with the mean m
+    and the rate r of a row, r (x weight' - m sum(weight)); a scale is one of the weights, a shift one of the result.
+    Moments of rows are given, by ``PARTS`` of ``PART`` columns each: their mean, and the sum of squared deviations from
+    it. Those of y, a part for each tile of columns, are written if ``MOMENTS``, and y once more in a lower precision if
+    ``LOW``.
 
     ``WHOLE_TILE`` columns are all of the inner ones. Where ``INNER_TILE`` is as many, all is read at once. A residual
     that the kernel before did not write is ``OLD_RESIDUAL``. The rows of a program are of one frame if modulated.
@@ -78,81 +92,109 @@ def linear(
         row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
         row_alive = row < rows
     out = tl.program_id(1) * OUT_TILE + tl.arange(0, OUT_TILE)
-    inner, whole = tl.arange(0, INNER_TILE), tl.arange(0, WHOLE_TILE)
-    out_alive, whole_alive = out < OUT, whole < INNER
+    inner = tl.arange(0, INNER_TILE)
+    out_alive, inner_alive = out < OUT, inner < INNER
     row_at = row[:, None].to(tl.int64)  # more rows times columns than 32 bits hold
+    x_at = x_RK + row_at * INNER + inner[None, :]
     weight_at = weight_EK + out[None, :] * INNER + inner[:, None]
     here = row_at * OUT + out[None, :]
     alive = row_alive[:, None] & out_alive[None, :]
+    columns = tl.zeros((OUT_TILE,), tl.float32)
+    added = tl.zeros((OUT_TILE,), tl.float32)
 
     # What was there before the kernel before.
     if INNER_TILE == WHOLE_TILE:
-        weight = tl.load(weight_at, mask=out_alive[None, :] & (inner < INNER)[:, None], other=0.0)
+        weight = tl.load(weight_at, mask=out_alive[None, :] & inner_alive[:, None], other=0.0)
+        if MODULATE:
+            shift = tl.load(modulation_at + inner, mask=inner_alive, other=0.0)
+            scale = tl.load(modulation_at + INNER + inner, mask=inner_alive, other=0.0)
+            added += tl.sum(weight.to(tl.float32) * shift[:, None], 0)
+            weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
+        if NORMALISE:
+            columns += tl.sum(weight.to(tl.float32), 0)
     elif EARLY:
         LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
         line = tl.arange(0, WHOLE_TILE // LINE) * LINE
         _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
     if BIAS:
-        bias = tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
-    if MODULATE and INNER_TILE == WHOLE_TILE:
-        shift = tl.load(modulation_at + inner, mask=whole_alive, other=0.0)
-        scale = tl.load(modulation_at + INNER + inner, mask=whole_alive, other=0.0)
+        added += tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
     if OLD_RESIDUAL:
         residual = tl.load(residual_RE + here, mask=alive, other=0.0)
     _begin(EARLY)
 
     if RESIDUAL and not OLD_RESIDUAL:
         residual = tl.load(residual_RE + here, mask=alive, other=0.0)
-    x_at = x_RK + row_at * INNER
-    if INNER_TILE == WHOLE_TILE or (NORMALISE and ROW_TILE * WHOLE_TILE <= 16384):  # numbers that registers hold
-        x = tl.load(x_at + whole[None, :], mask=row_alive[:, None] & whole_alive[None, :], other=0.0)
-        if NORMALISE:
-            x = x.to(tl.float32)
-            mean = tl.sum(x, 1) / INNER
-            x = tl.where(whole_alive[None, :], x - mean[:, None], 0.0)
-            rate = tl.rsqrt(tl.sum(x * x, 1) / INNER + EPSILON)
-    elif NORMALISE:
-        total = tl.zeros((ROW_TILE,), tl.float32)
-        for k in range(0, INNER, INNER_TILE):
-            part = tl.load(
-                x_at + (k + inner)[None, :], mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0
-            )
-            total += tl.sum(part.to(tl.float32), 1)
-        mean = total / INNER
-        total = tl.zeros((ROW_TILE,), tl.float32)
-        for k in range(0, INNER, INNER_TILE):
-            part = tl.load(
-                x_at + (k + inner)[None, :], mask=row_alive[:, None] & (k + inner < INNER)[None, :], other=0.0
-            )
-            off = tl.where((k + inner < INNER)[None, :], part.to(tl.float32) - mean[:, None], 0.0)
-            total += tl.sum(off * off, 1)
-        rate = tl.rsqrt(total / INNER + EPSILON)
+    if NORMALISE:
+        part = tl.arange(0, PARTS_TILE)
+        moments_at = moments_RP2 + (row_at * PARTS + part[None, :]) * 2
+        known = row_alive[:, None] & (part < PARTS)[None, :]
+        part_mean = tl.load(moments_at, mask=known, other=0.0)
+        part_off = tl.load(moments_at + 1, mask=known, other=0.0)
     if INNER_TILE == WHOLE_TILE:
-        if NORMALISE:
-            x = x * rate[:, None]
-        if MODULATE:
-            x = x * (1.0 + scale)[None, :] + shift[None, :]
+        x = tl.load(x_at, mask=row_alive[:, None] & inner_alive[None, :], other=0.0)
         sum_RE = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
     else:
         sum_RE = tl.zeros((ROW_TILE, OUT_TILE), tl.float32)
         for k in range(0, INNER, INNER_TILE):
             k_alive = k + inner < INNER
-            part = tl.load(x_at + (k + inner)[None, :], mask=row_alive[:, None] & k_alive[None, :], other=0.0)
+            x = tl.load(x_at + k, mask=row_alive[:, None] & k_alive[None, :], other=0.0)
             weight = tl.load(weight_at + k, mask=out_alive[None, :] & k_alive[:, None], other=0.0)
-            if NORMALISE:
-                part = (part.to(tl.float32) - mean[:, None]) * rate[:, None]
             if MODULATE:
                 shift = tl.load(modulation_at + k + inner, mask=k_alive, other=0.0)
                 scale = tl.load(modulation_at + INNER + k + inner, mask=k_alive, other=0.0)
-                part = part * (1.0 + scale)[None, :] + shift[None, :]
-            sum_RE = tl.dot(part.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
-    if BIAS:
-        sum_RE += bias[None, :]
+                added += tl.sum(weight.to(tl.float32) * shift[:, None], 0)
+                weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
+            if NORMALISE:
+                columns += tl.sum(weight.to(tl.float32), 0)
+            sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
+    if NORMALISE:
+        count = tl.where(part < PARTS, tl.minimum(INNER - part * PART, PART), 0)[None, :]
+        mean = tl.sum(part_mean * count, 1) / INNER
+        away = part_mean - mean[:, None]
+        rate = tl.rsqrt(tl.sum(part_off + away * away * count, 1) / INNER + EPSILON)
+        sum_RE = (sum_RE - mean[:, None] * columns[None, :]) * rate[:, None]
+    if BIAS or MODULATE:
+        sum_RE += added[None, :]
     if GELU:
         sum_RE = 0.5 * sum_RE * (1.0 + tl.erf(sum_RE * 0.7071067811865476))
     if RESIDUAL:
         sum_RE += residual
     tl.store(y_RE + here, sum_RE.to(y_RE.dtype.element_ty), mask=alive)
+    if LOW:
+        tl.store(y_low_RE + here, sum_RE.to(y_low_RE.dtype.element_ty), mask=alive)
+    if MOMENTS:
+        many = tl.minimum(OUT - tl.program_id(1) * OUT_TILE, OUT_TILE)
+        y_mean = tl.sum(tl.where(out_alive[None, :], sum_RE, 0.0), 1) / many
+        off = tl.where(out_alive[None, :], sum_RE - y_mean[:, None], 0.0)
+        y_moments_at = y_moments_RP2 + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 2
+        tl.store(y_moments_at, y_mean, mask=row_alive)
+        tl.store(y_moments_at + 1, tl.sum(off * off, 1), mask=row_alive)
+
+
+@triton.jit
+def moments(
+    x_RD,
+    low_RD,
+    moments_R2,
+    rows,
+    WIDTH: tl.constexpr,
+    LOW: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Of rows: their mean, and the sum of squared deviations from it; and they themselves in a lower precision."""
+    _begin(EARLY)
+    row, dim = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE), tl.arange(0, WIDTH_TILE)
+    here = row[:, None].to(tl.int64) * WIDTH + dim[None, :]
+    alive = (row < rows)[:, None] & (dim < WIDTH)[None, :]
+    x = tl.load(x_RD + here, mask=alive, other=0.0)
+    mean = tl.sum(x, 1) / WIDTH
+    off = tl.where(alive, x - mean[:, None], 0.0)
+    tl.store(moments_R2 + row * 2, mean, mask=row < rows)
+    tl.store(moments_R2 + row * 2 + 1, tl.sum(off * off, 1), mask=row < rows)
+    if LOW:
+        tl.store(low_RD + here, x.to(low_RD.dtype.element_ty), mask=alive)
 
 
 @triton.jit

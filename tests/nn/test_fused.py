@@ -42,13 +42,35 @@ def test_fused_product(
     if what == "modulated":
         shift, scale = modulation[:, :, None].chunk(2, dim=-1)
         inner = inner * (1 + scale) + shift
-    wanted = F.gelu(layer(inner)) + (0 if old is None else old)
+    wanted = F.gelu(layer(inner)) if old is None else layer(inner) + old
 
-    given = fused._Input(None if what == "plain" else 1e-5, modulation.to(device) if what == "modulated" else None)
-    on = x.to(device)
-    after = on if residual == "input" else None if old is None else old.to(device)
+    launcher, layer = fused.Launcher(torch.device(device)), layer.to(device)
+    rows = launcher.rows(x.to(device), torch.float32)
+    norm = fused._Norm(1e-5, modulation.to(device) if what == "modulated" else None) if what != "plain" else None
     with tensor_float32(False):
-        made = fused.Launcher(torch.device(device)).linear(
-            layer.to(device), on, given if what != "plain" else None, gelu=True, residual=after
-        )
+        if old is None:
+            made = launcher.linear(layer, rows, norm, gelu=True)
+        else:
+            onto = rows if residual == "input" else launcher.rows(old.to(device), torch.float32)
+            made = launcher.linear_onto(layer, rows, onto, norm).x_BTND
     torch.testing.assert_close(made.cpu(), wanted, rtol=0.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_a_norm_of_parts_is_the_norm(device: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hma_gym.nn import fused
+
+    monkeypatch.setattr(fused, "_product_tiles", lambda *_: fused._Tiles(32, 32, 32, warps=4, stages=2))
+    generator = torch.Generator().manual_seed(1)
+    D = 72  # two parts of 32 columns, and one of 8
+    first, second = (nn.Linear(D, D).requires_grad_(False).to(device) for _ in range(2))
+    x = torch.randn(1, 2, 19, D, generator=generator).to(device)
+    old = (offset + torch.randn(1, 2, 19, D, generator=generator)).to(device)
+    launcher = fused.Launcher(torch.device(device))
+    with tensor_float32(False):
+        rows = launcher.linear_onto(first, x, launcher.rows(old, torch.float32))
+        made = launcher.linear(second, rows, fused._Norm(1e-5))
+    wanted = second(F.layer_norm((first(x) + old).double(), (D,), eps=1e-5).float())
+    assert rows.moments_BTNP2 is not None and rows.moments_BTNP2.shape == (1, 2, 19, 3, 2)
+    torch.testing.assert_close(made, wanted, rtol=0.0, atol=1e-5 if not offset else 3e-3)
