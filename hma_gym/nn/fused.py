@@ -221,7 +221,6 @@ class Launcher:
             EPSILON=norm.epsilon if norm else 0.0,
             PARTS=parts,
             PART=given.part,
-            PARTS_TILE=_power_of_two(parts),
             MODULATE=modulation is not None,
             BIAS=layer.bias is not None,
             GELU=gelu,
@@ -422,7 +421,7 @@ def _product_tiles(
     candidates = ((64, 128), (64, 64), (64, 32), (32, 32), (16, 32))[largest:]
     fit = ((r, o) for r, o in candidates if sets * _tiles(rows, r) * _tiles(out, o) >= enough)
     row_tile, out_tile = next(fit, candidates[-1])
-    warps = 8 if row_tile >= 64 or modulated else 4
+    warps = 8 if out_tile > 64 or modulated or (sizes[1] > 2 and row_tile >= 64) else 4
     deepest, bytes_deep = _power_of_two(inner, 16), row_tile * sizes[0] + out_tile * sizes[1]
     if sizes[1] == 2 and inner <= 256 and deepest * bytes_deep <= _SHARED:
         return _Tiles(row_tile, out_tile, deepest, warps)

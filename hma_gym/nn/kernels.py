@@ -56,7 +56,6 @@ def linear(
     EPSILON: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
-    PARTS_TILE: tl.constexpr,
     MODULATE: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
@@ -125,11 +124,15 @@ def linear(
     if RESIDUAL and not OLD_RESIDUAL:
         residual = tl.load(residual_RE + here, mask=alive, other=0.0)
     if NORMALISE:
-        part = tl.arange(0, PARTS_TILE)
-        moments_at = moments_RP2 + (row_at * PARTS + part[None, :]) * 2
-        known = row_alive[:, None] & (part < PARTS)[None, :]
-        part_mean = tl.load(moments_at, mask=known, other=0.0)
-        part_off = tl.load(moments_at + 1, mask=known, other=0.0)
+        mean = tl.zeros((ROW_TILE,), tl.float32)
+        off = tl.zeros((ROW_TILE,), tl.float32)
+        moments_at = moments_RP2 + row.to(tl.int64) * PARTS * 2
+        for part in tl.static_range(PARTS):  # of ever more columns, a part more each time
+            share = 1.0 - part * PART / min(INNER, (part + 1) * PART)
+            away = tl.load(moments_at + 2 * part, mask=row_alive, other=0.0) - mean
+            off += tl.load(moments_at + 2 * part + 1, mask=row_alive, other=0.0) + away * away * (part * PART * share)
+            mean += away * share
+        rate = tl.rsqrt(off / INNER + EPSILON)
     if INNER_TILE == WHOLE_TILE:
         x = tl.load(x_at, mask=row_alive[:, None] & inner_alive[None, :], other=0.0)
         sum_RE = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
@@ -148,10 +151,6 @@ def linear(
                 columns += tl.sum(weight.to(tl.float32), 0)
             sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
     if NORMALISE:
-        count = tl.where(part < PARTS, tl.minimum(INNER - part * PART, PART), 0)[None, :]
-        mean = tl.sum(part_mean * count, 1) / INNER
-        away = part_mean - mean[:, None]
-        rate = tl.rsqrt(tl.sum(part_off + away * away * count, 1) / INNER + EPSILON)
         sum_RE = (sum_RE - mean[:, None] * columns[None, :]) * rate[:, None]
     if BIAS or MODULATE:
         sum_RE += added[None, :]
@@ -242,6 +241,13 @@ def attend_frame(
 
 
 @triton.jit
+def _of_slots(step, slot, WINDOW: tl.constexpr):
+    """The frame in each slot of a ring buffer, below 0 in empty ones; see ring_positions()."""
+    back = (step - 1 - slot) % WINDOW
+    return step - 1 - tl.where(back < 0, back + WINDOW, back)
+
+
+@triton.jit
 def attend_ring(
     qkv_BTN3D,
     keys_BWND,
@@ -276,41 +282,41 @@ def attend_ring(
     slot, frame = tl.arange(0, WINDOW_TILE), tl.arange(0, FRAME_TILE)
     alive_GK = (group < tokens * HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
     step = tl.load(step_B + row)
-    last = step - 1
-    back = (last - slot) % WINDOW
-    held = last - tl.where(back < 0, back + WINDOW, back)  # the frame in each slot, see ring_positions()
+    held = _of_slots(step, slot, WINDOW)
     kept = (held >= 0) & (slot < WINDOW)
 
+    # The window is the second axis: so one thread has all of it, and sums over it need no other.
     ring_GK = group[:, None] * HEAD_DIM + dim[None, :]
-    slots_WGK = slot[:, None, None] * tokens * WIDTH + ring_GK[None]
+    slots_GWK = ring_GK[:, None, :] + slot[None, :, None] * tokens * WIDTH
     ring = row.to(tl.int64) * cache_row
-    seen_WGK = kept[:, None, None] & alive_GK[None]
-    past_k = tl.load(keys_BWND + ring + slots_WGK, mask=seen_WGK, other=0.0).to(tl.float32)
-    past_v = tl.load(values_BWND + ring + slots_WGK, mask=seen_WGK, other=0.0).to(tl.float32)
+    seen_GWK = alive_GK[:, None, :] & kept[None, :, None]
+    past_k = tl.load(keys_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0).to(tl.float32)
+    past_v = tl.load(values_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0).to(tl.float32)
     _begin(EARLY)
 
     own_GK = (group // HEADS)[:, None] * 3 * WIDTH + (group % HEADS)[:, None] * HEAD_DIM + dim[None, :]
     first = qkv_BTN3D + row.to(tl.int64) * frames * tokens * 3 * WIDTH
-    new_TGK = frame[:, None, None] * tokens * 3 * WIDTH + own_GK[None]
-    new_alive = (frame < frames)[:, None, None] & alive_GK[None]
-    new_k = tl.load(first + WIDTH + new_TGK, mask=new_alive, other=0.0)
-    new_v = tl.load(first + 2 * WIDTH + new_TGK, mask=new_alive, other=0.0)
+    new_GTK = own_GK[:, None, :] + frame[None, :, None] * tokens * 3 * WIDTH
+    new_alive = alive_GK[:, None, :] & (frame < frames)[None, :, None]
+    new_k = tl.load(first + WIDTH + new_GTK, mask=new_alive, other=0.0)
+    new_v = tl.load(first + 2 * WIDTH + new_GTK, mask=new_alive, other=0.0)
 
     y_at = y_BTND + row.to(tl.int64) * frames * tokens * WIDTH + ring_GK
     for t in range(frames):
         q = tl.load(first + t * tokens * 3 * WIDTH + own_GK, mask=alive_GK, other=0.0) * scale
-        past_S = tl.where((kept & (step + t - held < WINDOW))[:, None], tl.sum(past_k * q[None], 2), float("-inf"))
-        new_S = tl.where(((frame <= t) & (t - frame < WINDOW))[:, None], tl.sum(new_k * q[None], 2), float("-inf"))
-        best = tl.maximum(tl.max(past_S, 0), tl.max(new_S, 0))
-        past_S, new_S = tl.exp(past_S - best[None]), tl.exp(new_S - best[None])
-        y = tl.sum(past_v * past_S[:, :, None], 0) + tl.sum(new_v * new_S[:, :, None], 0)
-        y = y / (tl.sum(past_S, 0) + tl.sum(new_S, 0))[:, None]
+        seen, new = kept & (step + t - held < WINDOW), (frame <= t) & (t - frame < WINDOW)
+        past_GS = tl.where(seen[None, :], tl.sum(past_k * q[:, None, :], 2), float("-inf"))
+        new_GS = tl.where(new[None, :], tl.sum(new_k * q[:, None, :], 2), float("-inf"))
+        best = tl.maximum(tl.max(past_GS, 1), tl.max(new_GS, 1))
+        past_GS, new_GS = tl.exp(past_GS - best[:, None]), tl.exp(new_GS - best[:, None])
+        y = tl.sum(past_v * past_GS[:, :, None], 1) + tl.sum(new_v * new_GS[:, :, None], 1)
+        y = y / (tl.sum(past_GS, 1) + tl.sum(new_GS, 1))[:, None]
         tl.store(y_at + t * tokens * WIDTH, y.to(y_BTND.dtype.element_ty), mask=alive_GK)
     if COMMIT:
         tl.debug_barrier()  # all of the past is read
         stays = (frame < commit) & (frame >= commit - WINDOW)
-        into = ring + ((step + frame) % WINDOW)[:, None, None] * tokens * WIDTH + ring_GK[None]
-        into_alive = stays[:, None, None] & alive_GK[None]
+        into = ring + ring_GK[:, None, :] + ((step + frame) % WINDOW)[None, :, None] * tokens * WIDTH
+        into_alive = alive_GK[:, None, :] & stays[None, :, None]
         tl.store(new_keys_BWND + into, new_k.to(new_keys_BWND.dtype.element_ty), mask=into_alive)
         tl.store(new_values_BWND + into, new_v.to(new_values_BWND.dtype.element_ty), mask=into_alive)
 
