@@ -34,8 +34,16 @@ class PackedLinear(nn.Linear):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self._packed, self.bias, "none", [], "")
-        return y.to(x.dtype)
+        return self._product(x, "none").to(x.dtype)
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """GELU of the output, in the dtype of the weights: what another layer reads of it, and no tensor in between."""
+        return self._product(x, "gelu", approximate)
+
+    def _product(self, x: Tensor, after: str, algorithm: str = "") -> Tensor:
+        x, weight, bias = x.to(self.weight.dtype), self._packed, self.bias
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], algorithm)
+        return y
 
 
 def packed(module: ModuleT, rows: int) -> ModuleT:

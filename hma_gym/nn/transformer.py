@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.attention import Implementation, attend, attend_ring, ring_positions, rotary_angles, rotate, window_mask
+from hma_gym.nn.packed import PackedLinear
 
 ModulationKind = Literal["adaln", "residual", "published"]
 TimePositions = Literal["rotary", "learned"]
@@ -164,8 +165,9 @@ class Block(nn.Module):
         return q, k, v
 
     def _feed_forward(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> Tensor:
-        hidden = gelu(self.up(self._normalise(x_BTND, modulation_BTMD, 2)), self.gelu)
-        return x_BTND + self.down(hidden)
+        x = self._normalise(x_BTND, modulation_BTMD, 2)
+        hidden = self.up.gelu(x, self.gelu) if isinstance(self.up, PackedLinear) else gelu(self.up(x), self.gelu)
+        return x_BTND + self.down(hidden).to(x_BTND.dtype)
 
     def forward(
         self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor

@@ -145,7 +145,12 @@ def test_a_packed_layer_is_the_layer(precision: Precision, bias: bool, rows: int
     x = torch.randn(2, 24, rows, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     said = packed(layer, rows)(x)
     assert said.dtype == torch.float32 and said.shape == (2, rows, 40)
-    assert torch.allclose(said, layer(x), atol=1e-5 if precision == "float32" else 2e-2)
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    assert torch.allclose(said, layer(x), atol=tolerance)
+    for approximate in ("tanh", "none"):
+        said = packed(layer, rows)[0].gelu(x, approximate)  # type: ignore[operator]
+        assert said.dtype == layer[0].weight.dtype
+        assert torch.allclose(said.float(), torch.nn.functional.gelu(layer(x), approximate=approximate), atol=tolerance)
 
 
 def test_packing_is_for_cpus() -> None:
