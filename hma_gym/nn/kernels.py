@@ -5,7 +5,8 @@ with a tile what comes before and after its product, and tiles are small enough 
 
 With ``EARLY`` a kernel begins while the one before it still runs ("programmatic dependent launch" of NVIDIA's compute
 capability 9.0): it reads its weights, and waits before it reads what the one before it wrote. What kernels before that
-one wrote is there, for each lets the next one begin only after it has waited itself.
+one wrote is there, for each lets the next one begin only after it has waited itself; it is read past the cache of the
+processor (".cg"), which may hold what was there before.
 
 Shape legend: as :mod:`hma_gym.nn.transformer`; K inner dimension of a product, E its outputs, R rows of all frames
 (B * T * N), F all logits of a position. Names ending in ``TILE`` are sizes of tiles, powers of two.
@@ -105,8 +106,8 @@ def linear(
     if INNER_TILE == WHOLE_TILE:
         weight = tl.load(weight_at, mask=out_alive[None, :] & inner_alive[:, None], other=0.0)
         if MODULATE:
-            shift = tl.load(modulation_at + inner, mask=inner_alive, other=0.0)
-            scale = tl.load(modulation_at + INNER + inner, mask=inner_alive, other=0.0)
+            shift = tl.load(modulation_at + inner, mask=inner_alive, other=0.0, cache_modifier=".cg")
+            scale = tl.load(modulation_at + INNER + inner, mask=inner_alive, other=0.0, cache_modifier=".cg")
             added += tl.sum(weight.to(tl.float32) * shift[:, None], 0)
             weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
         if NORMALISE:
@@ -118,7 +119,7 @@ def linear(
     if BIAS:
         added += tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
     if OLD_RESIDUAL:
-        residual = tl.load(residual_RE + here, mask=alive, other=0.0)
+        residual = tl.load(residual_RE + here, mask=alive, other=0.0, cache_modifier=".cg")
     _begin(EARLY)
 
     if RESIDUAL and not OLD_RESIDUAL:
@@ -281,7 +282,7 @@ def attend_ring(
     group, dim = tl.program_id(0) * GROUP_TILE + tl.arange(0, GROUP_TILE), tl.arange(0, DIM_TILE)
     slot, frame = tl.arange(0, WINDOW_TILE), tl.arange(0, FRAME_TILE)
     alive_GK = (group < tokens * HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
-    step = tl.load(step_B + row)
+    step = tl.load(step_B + row, cache_modifier=".cg")
     held = _of_slots(step, slot, WINDOW)
     kept = (held >= 0) & (slot < WINDOW)
 
@@ -290,8 +291,8 @@ def attend_ring(
     slots_GWK = ring_GK[:, None, :] + slot[None, :, None] * tokens * WIDTH
     ring = row.to(tl.int64) * cache_row
     seen_GWK = alive_GK[:, None, :] & kept[None, :, None]
-    past_k = tl.load(keys_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0).to(tl.float32)
-    past_v = tl.load(values_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0).to(tl.float32)
+    past_k = tl.load(keys_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0, cache_modifier=".cg").to(tl.float32)
+    past_v = tl.load(values_BWND + ring + slots_GWK, mask=seen_GWK, other=0.0, cache_modifier=".cg").to(tl.float32)
     _begin(EARLY)
 
     own_GK = (group // HEADS)[:, None] * 3 * WIDTH + (group % HEADS)[:, None] * HEAD_DIM + dim[None, :]
