@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hma_gym.errors import HMAError, UnknownName
-from hma_gym.nn.memory import keep_freed_memory
 from hma_gym.version import __version__
 
 PROGRAM = "hma-gym"
@@ -206,7 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0
-    keep_freed_memory()
     try:
         run(words)
     except HMAError as error:
