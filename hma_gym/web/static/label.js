@@ -107,11 +107,12 @@ async function drawOne() {
   const current = items[0].item;
   if ($("video").dataset.item === current) return;
   $("video").dataset.item = current;
+  $("video").autoplay = true; // until it is stopped, which may be before it is there
   try {
     const address = await load(current);
     if (items[0]?.item !== current) return;
     $("video").src = address;
-    await $("video").play().catch(() => {}); // a browser that forbids playing shows the first frame
+    if ($("video").autoplay) await $("video").play().catch(() => {}); // a browser that forbids playing shows the first frame
   } catch (error) {
     notice(error.message);
   }
@@ -239,10 +240,17 @@ function markOrJudge(verdict) {
   drawMarks();
 }
 
+/** Let the video play, or stop it: also one that is still on its way. */
+function run(plays) {
+  $("video").autoplay = plays;
+  if (plays) $("video").play().catch(() => {});
+  else $("video").pause();
+}
+
 function step(direction) {
   const video = $("video");
   const { fps, frames } = items[0];
-  video.pause();
+  run(false);
   const frame = Math.min(frames - 1, Math.max(0, Math.floor(video.currentTime * fps + 1e-3) + direction));
   video.currentTime = (frame + 0.5) / fps;
 }
@@ -255,7 +263,7 @@ function press(event) {
   if (KEYS[key] && !event.repeat) markOrJudge(KEYS[key]);
   else if (key === "z" && !event.repeat) undo();
   else if (key === "enter" && grid && !event.repeat) saveGrid();
-  else if (key === " " && !grid && items.length) $("video").paused ? $("video").play() : $("video").pause();
+  else if (key === " " && !grid && items.length) run($("video").paused);
   else if (moves[key] && items.length) {
     if (grid) {
       here = Math.min(marks.length - 1, Math.max(0, here + moves[key]));
