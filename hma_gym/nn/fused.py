@@ -2,7 +2,7 @@
 
 The frames of one rollout are too little work for a GPU: it waits for kernels to begin and to end. The kernels here
 (:mod:`hma_gym.nn.kernels`, written in Triton, which PyTorch for GPUs brings along) do what :class:`PublishedBlock` and
-the discrete head do, in the same order and to float rounding: products in the precision of the weights (float32, TF32
+the discrete head do, to float rounding: products, and what they read, in the precision of the weights (float32, TF32
 where PyTorch allows it, bfloat16) with sums in float32, everything else in float32. Together with CUDA graphs, which
 spare the host the launches, that is for small batches; large ones gain less.
 
@@ -111,21 +111,18 @@ class Launcher:
         check_device(device, early, self._kernels.INTERPRETED)
         self._options: dict[str, Any] = {"launch_pdl": True} if early else {}
         self._early = early
-        known = device.type == "cuda" and torch.cuda.is_available()
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if known else _PROCESSORS
+        there = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if there else _PROCESSORS
         self._enough = _BUSY * processors
 
     def _launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        *arguments: Any,
-        warps: int = 4,
-        stages: int = 3,
-        **constants: Any,
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
     ) -> None:
-        options = {"num_warps": warps, "num_stages": stages, **self._options}
-        kernel[grid](*arguments, **constants, EARLY=self._early, **options)
+        constants |= {"EARLY": self._early, "num_warps": warps, "num_stages": stages, **self._options}
+        self._start(kernel, grid, arguments, constants)
+
+    def _start(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        kernel[grid](*arguments, **constants)
 
     def rows(self, x_BTND: Tensor, low: torch.dtype) -> Rows:
         """Rows (float32) for products in the precision ``low``."""
@@ -157,55 +154,45 @@ class Launcher:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``; moments for a ``norm``."""
-        return self._linear(layer, x, norm, gelu, None, dtype)
+        return self._linear(layer, x, norm, gelu=gelu, dtype=dtype).x_BTND
 
     def linear_onto(
         self, layer: nn.Linear, x: Tensor | Rows, onto: Rows, norm: _Norm | None = None, *, moments: bool = True
     ) -> Rows:
         """``onto`` and a linear layer of ``x``; ``onto`` is ``x``, or older than what was launched last."""
-        B, T, N, out = onto.x_BTND.shape
-        part = self._tiles(layer, x, norm).out
-        lowered = torch.empty_like(onto.low_BTND) if onto.low_BTND is not onto.x_BTND else None
-        made = onto.x_BTND.new_empty(B, T, N, _tiles(out, part), 2) if moments else None
-        y = self._linear(layer, x, norm, False, onto, torch.float32, lowered, made)
-        return Rows(y, y if lowered is None else lowered, made, part)
-
-    def _tiles(self, layer: nn.Linear, x: Tensor | Rows, norm: _Norm | None) -> _Tiles:
-        low = x.low_BTND if isinstance(x, Rows) else x
-        B, T, N, inner = low.shape
-        modulated = norm is not None and norm.modulation_BT2D is not None
-        sets, rows = (B * T, N) if modulated else (1, B * T * N)  # a modulated tile is of one frame
-        sizes = low.itemsize, layer.weight.itemsize
-        return _product_tiles(sets, rows, len(layer.weight), inner, sizes, modulated, self._enough)
+        return self._linear(layer, x, norm, onto=onto, moments=moments)
 
     def _linear(
         self,
         layer: nn.Linear,
         x: Tensor | Rows,
         norm: _Norm | None,
-        gelu: bool,
-        onto: Rows | None,
-        dtype: torch.dtype,
-        lowered: Tensor | None = None,
-        made: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        gelu: bool = False,
+        dtype: torch.dtype = torch.float32,
+        onto: Rows | None = None,
+        moments: bool = False,
+    ) -> Rows:
         given = x if isinstance(x, Rows) else Rows(x, x)
         low, weight, out = given.low_BTND, layer.weight, len(layer.weight)
-        modulation, moments = norm.modulation_BT2D if norm else None, given.moments_BTNP2 if norm else None
+        modulation, told = norm.modulation_BT2D if norm else None, given.moments_BTNP2 if norm else None
         B, T, N, inner = low.shape
         if modulation is not None and modulation.stride()[2:] != (inner, 1):
             modulation = modulation.contiguous()
-        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)
-        tiles = self._tiles(layer, x, norm)
-        parts = moments.shape[-2] if moments is not None else 1
+        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)  # a modulated tile is of one frame
+        sizes = low.itemsize, weight.itemsize
+        tiles = _product_tiles(sets, rows, out, inner, sizes, modulation is not None, self._enough)
+        parts = told.shape[-2] if told is not None else 1
         y = torch.empty(B, T, N, out, device=low.device, dtype=dtype)
+        lowered = torch.empty_like(onto.low_BTND) if onto and onto.low_BTND is not onto.x_BTND else None
+        made = torch.empty(B, T, N, _tiles(out, tiles.out), 2, device=low.device) if moments else None
         self._launch(
             self._kernels.linear,
             (sets * _tiles(rows, tiles.rows), _tiles(out, tiles.out)),
             low,
             weight,
             layer.bias if layer.bias is not None else weight,
-            moments if moments is not None else weight,
+            told if told is not None else weight,
             modulation if modulation is not None else weight,
             onto.x_BTND if onto is not None else weight,
             y,
@@ -236,7 +223,7 @@ class Launcher:
             warps=tiles.warps,
             stages=tiles.stages,
         )
-        return y
+        return Rows(y, y if lowered is None else lowered, made, tiles.out)
 
     def attend_frame(self, qkv_BTNE: Tensor, heads: int, scale: float) -> Tensor:
         """Attention within frames, (B, T, N, D) in the dtype of queries, keys and values, E = 3 D numbers a token."""

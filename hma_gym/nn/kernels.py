@@ -36,6 +36,38 @@ def _fetch(at):
 
 
 @triton.jit
+def _weights(
+    weight_at,
+    modulation_at,
+    k,
+    told,
+    INNER: tl.constexpr,
+    OUT_TILE: tl.constexpr,
+    NORM: tl.constexpr,
+    MODULATE: tl.constexpr,
+):
+    """Weights (K, E) of inner columns ``k``, scaled if modulated; their sums, and what the shift adds to y, (E,)."""
+    weight = tl.load(weight_at, mask=told, other=0.0)
+    columns, added = tl.zeros((OUT_TILE,), tl.float32), tl.zeros((OUT_TILE,), tl.float32)
+    if MODULATE:
+        shift = tl.load(modulation_at + k, mask=k < INNER, other=0.0, cache_modifier=".cg")
+        scale = tl.load(modulation_at + INNER + k, mask=k < INNER, other=0.0, cache_modifier=".cg")
+        added = tl.sum(weight.to(tl.float32) * shift[:, None], 0)
+        weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
+    if NORM:
+        columns = tl.sum(weight.to(tl.float32), 0)
+    return weight, columns, added
+
+
+@triton.jit
+def _moments(x, alive, count):
+    """Of rows (R, D): their mean, and the sum of squared deviations from it; ``count`` columns are ``alive``."""
+    mean = tl.sum(tl.where(alive, x, 0.0), 1) / count
+    off = tl.where(alive, x - mean[:, None], 0.0)
+    return mean, tl.sum(off * off, 1)
+
+
+@triton.jit
 def linear(
     x_RK,
     weight_EK,
@@ -91,6 +123,7 @@ def linear(
     else:
         row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
         row_alive = row < rows
+        modulation_at = modulation_BT2K
     out = tl.program_id(1) * OUT_TILE + tl.arange(0, OUT_TILE)
     inner = tl.arange(0, INNER_TILE)
     out_alive, inner_alive = out < OUT, inner < INNER
@@ -99,23 +132,17 @@ def linear(
     weight_at = weight_EK + out[None, :] * INNER + inner[:, None]
     here = row_at * OUT + out[None, :]
     alive = row_alive[:, None] & out_alive[None, :]
-    columns = tl.zeros((OUT_TILE,), tl.float32)
-    added = tl.zeros((OUT_TILE,), tl.float32)
 
     # What was there before the kernel before.
     if INNER_TILE == WHOLE_TILE:
-        weight = tl.load(weight_at, mask=out_alive[None, :] & inner_alive[:, None], other=0.0)
-        if MODULATE:
-            shift = tl.load(modulation_at + inner, mask=inner_alive, other=0.0, cache_modifier=".cg")
-            scale = tl.load(modulation_at + INNER + inner, mask=inner_alive, other=0.0, cache_modifier=".cg")
-            added += tl.sum(weight.to(tl.float32) * shift[:, None], 0)
-            weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
-        if NORMALISE:
-            columns += tl.sum(weight.to(tl.float32), 0)
-    elif EARLY:
-        LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
-        line = tl.arange(0, WHOLE_TILE // LINE) * LINE
-        _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
+        told = out_alive[None, :] & inner_alive[:, None]
+        weight, columns, added = _weights(weight_at, modulation_at, inner, told, INNER, OUT_TILE, NORMALISE, MODULATE)
+    else:
+        columns, added = tl.zeros((OUT_TILE,), tl.float32), tl.zeros((OUT_TILE,), tl.float32)
+        if EARLY:
+            LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
+            line = tl.arange(0, WHOLE_TILE // LINE) * LINE
+            _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
     if BIAS:
         added += tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
     if OLD_RESIDUAL:
@@ -142,14 +169,14 @@ def linear(
         for k in range(0, INNER, INNER_TILE):
             k_alive = k + inner < INNER
             x = tl.load(x_at + k, mask=row_alive[:, None] & k_alive[None, :], other=0.0)
-            weight = tl.load(weight_at + k, mask=out_alive[None, :] & k_alive[:, None], other=0.0)
-            if MODULATE:
-                shift = tl.load(modulation_at + k + inner, mask=k_alive, other=0.0)
-                scale = tl.load(modulation_at + INNER + k + inner, mask=k_alive, other=0.0)
-                added += tl.sum(weight.to(tl.float32) * shift[:, None], 0)
-                weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
+            told = out_alive[None, :] & k_alive[:, None]
+            weight, more_columns, more_added = _weights(
+                weight_at + k, modulation_at, k + inner, told, INNER, OUT_TILE, NORMALISE, MODULATE
+            )
             if NORMALISE:
-                columns += tl.sum(weight.to(tl.float32), 0)
+                columns += more_columns
+            if MODULATE:
+                added += more_added
             sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
     if NORMALISE:
         sum_RE = (sum_RE - mean[:, None] * columns[None, :]) * rate[:, None]
@@ -164,11 +191,10 @@ def linear(
         tl.store(y_low_RE + here, sum_RE.to(y_low_RE.dtype.element_ty), mask=alive)
     if MOMENTS:
         many = tl.minimum(OUT - tl.program_id(1) * OUT_TILE, OUT_TILE)
-        y_mean = tl.sum(tl.where(out_alive[None, :], sum_RE, 0.0), 1) / many
-        off = tl.where(out_alive[None, :], sum_RE - y_mean[:, None], 0.0)
+        y_mean, y_off = _moments(sum_RE, out_alive[None, :], many)
         y_moments_at = y_moments_RP2 + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 2
         tl.store(y_moments_at, y_mean, mask=row_alive)
-        tl.store(y_moments_at + 1, tl.sum(off * off, 1), mask=row_alive)
+        tl.store(y_moments_at + 1, y_off, mask=row_alive)
 
 
 @triton.jit
@@ -189,10 +215,9 @@ def moments(
     here = row[:, None].to(tl.int64) * WIDTH + dim[None, :]
     alive = (row < rows)[:, None] & (dim < WIDTH)[None, :]
     x = tl.load(x_RD + here, mask=alive, other=0.0)
-    mean = tl.sum(x, 1) / WIDTH
-    off = tl.where(alive, x - mean[:, None], 0.0)
+    mean, off = _moments(x, alive, WIDTH)
     tl.store(moments_R2 + row * 2, mean, mask=row < rows)
-    tl.store(moments_R2 + row * 2 + 1, tl.sum(off * off, 1), mask=row < rows)
+    tl.store(moments_R2 + row * 2 + 1, off, mask=row < rows)
     if LOW:
         tl.store(low_RD + here, x.to(low_RD.dtype.element_ty), mask=alive)
 
@@ -242,13 +267,6 @@ def attend_frame(
 
 
 @triton.jit
-def _of_slots(step, slot, WINDOW: tl.constexpr):
-    """The frame in each slot of a ring buffer, below 0 in empty ones; see ring_positions()."""
-    back = (step - 1 - slot) % WINDOW
-    return step - 1 - tl.where(back < 0, back + WINDOW, back)
-
-
-@triton.jit
 def attend_ring(
     qkv_BTN3D,
     keys_BWND,
@@ -283,7 +301,8 @@ def attend_ring(
     slot, frame = tl.arange(0, WINDOW_TILE), tl.arange(0, FRAME_TILE)
     alive_GK = (group < tokens * HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
     step = tl.load(step_B + row, cache_modifier=".cg")
-    held = _of_slots(step, slot, WINDOW)
+    back = (step - 1 - slot) % WINDOW
+    held = step - 1 - tl.where(back < 0, back + WINDOW, back)  # the frame in each slot, see ring_positions()
     kept = (held >= 0) & (slot < WINDOW)
 
     # The window is the second axis: so one thread has all of it, and sums over it need no other.

@@ -66,16 +66,13 @@ def main() -> None:
         self: fused.Launcher,
         kernel: Any,
         grid: tuple[int, ...],
-        *arguments: Any,
-        warps: int = 4,
-        stages: int = 3,
-        **constants: Any,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
     ) -> None:
-        options = {"num_warps": warps, "num_stages": stages, **self._options}
-        made = kernel.warmup(*arguments, **constants, EARLY=self._early, grid=grid, **options)
+        made = kernel.warmup(*arguments, **constants, grid=grid)
         tiles = {name: size for name, size in constants.items() if name.endswith("TILE")}
-        needs = {"kernel": kernel.fn.__name__, "launched": 0, **tiles, "warps": warps, "stages": stages}
-        needs |= {"programs": math.prod(grid), "shared": made.metadata.shared}
+        needs = {"kernel": kernel.fn.__name__, "launched": 0, **tiles, "programs": math.prod(grid)}
+        needs |= {"warps": constants["num_warps"], "stages": constants["num_stages"], "shared": made.metadata.shared}
         entry = found.setdefault(made.hash, {**needs, **resources(made.asm["cubin"])})
         if len(sys.argv) > 5:
             stem = Path(sys.argv[5]) / f"{kernel.fn.__name__}-{made.hash[:8]}"
@@ -85,7 +82,7 @@ def main() -> None:
             entry["file"] = stem.name
         entry["launched"] += 1
 
-    fused.Launcher._launch = compile_only  # type: ignore[method-assign]
+    fused.Launcher._start = compile_only  # type: ignore[method-assign]
     fused.check_device = lambda device, early, interpreted: None
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     model = PublishedModel(PublishedConfig(published_trunk(1, width))).eval().requires_grad_(False)

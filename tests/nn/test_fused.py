@@ -16,7 +16,7 @@ pytestmark = pytest.mark.triton
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-#: Rows, columns and depth: all of the depth at once, in parts, and with more rows than registers would hold.
+#: Rows, columns and depth: all of the depth at once, in parts, and more rows than there are.
 TILES = [(16, 32, 128), (32, 64, 32), (256, 16, 32)]
 
 

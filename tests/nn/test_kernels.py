@@ -13,9 +13,6 @@ import pytest
 #: Bytes that a block may have on every GPU of compute capability 8.0 to 9.0; the least is that of 8.6 and 8.9.
 SHARED = 99 * 1024
 
-#: Bytes of a thread: a register or two that are put aside once cost nothing.
-SPILLED = 8
-
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
@@ -32,16 +29,9 @@ def test_kernels_fit_into_registers_and_shared_memory(
     )
     assert made.returncode == 0, made.stderr
     kernels = [json.loads(line) for line in made.stdout.splitlines()]
-    assert {kernel["kernel"] for kernel in kernels} == {
-        "linear",
-        "moments",
-        "attend_frame",
-        "attend_ring",
-        "embed",
-        "unmask",
-    }
-    assert sum(kernel["launched"] for kernel in kernels) == 2 * (
-        9 + 4
-    )  # a layer, embedding, moments, logits and unmasking; twice
+    names = {"embed", "moments", "linear", "attend_frame", "attend_ring", "unmask"}
+    assert {kernel["kernel"] for kernel in kernels} == names
+    a_pass = 9 + 4  # a layer; embedding, moments, logits and unmasking
+    assert sum(kernel["launched"] for kernel in kernels) == 2 * a_pass
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED and kernel["spilled"] <= SPILLED, kernel
+        assert kernel["shared"] <= SHARED and kernel["spilled"] == 0, kernel

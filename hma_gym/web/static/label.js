@@ -112,7 +112,7 @@ async function drawOne() {
     const address = await load(current);
     if (items[0]?.item !== current) return;
     $("video").src = address;
-    if ($("video").autoplay) await $("video").play().catch(() => {}); // a browser that forbids playing shows the first frame
+    if ($("video").autoplay) run(true);
   } catch (error) {
     notice(error.message);
   }
@@ -243,7 +243,7 @@ function markOrJudge(verdict) {
 /** Let the video play, or stop it: also one that is still on its way. */
 function run(plays) {
   $("video").autoplay = plays;
-  if (plays) $("video").play().catch(() => {});
+  if (plays) $("video").play().catch(() => {}); // a browser that forbids playing shows the first frame
   else $("video").pause();
 }
 
