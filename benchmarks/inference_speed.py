@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hma_gym.benchmarks._reference import PUBLISHED_FIELDS, ReferenceAttention, load_reference, random_reference
 from hma_gym.benchmarks._timing import (
@@ -66,6 +66,7 @@ from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.dynamics.sizes import named_model
 from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.evaluation.provenance import provenance
+from hma_gym.nn.int8 import in_int8, input_ranges
 from hma_gym.nn.packed import packed
 from hma_gym.nn.precision import ModuleT, Products, in_precision
 
@@ -89,7 +90,7 @@ class InferenceSpeedConfig:
         reference: a checkout of the reference implementation to time beside our discrete models.
         reference_attention: ``plain`` is its own code without xformers, ``fused`` its fast attention (xformers, or
             PyTorch's where that is not installed).
-        precisions: of our matrix products; ``tf32`` is for GPUs.
+        precisions: of our matrix products; ``tf32`` is for GPUs, ``int8`` for CPUs.
         reference_precisions: likewise of the reference, whose float32 is what ours is compared with.
         ways: how our discrete models run; ``eager``, or on a GPU ``graphs``, ``compiled-graphs``, ``tuned-graphs``,
             ``fused-graphs`` and ``early-graphs``.
@@ -133,6 +134,11 @@ class InferenceSpeedConfig:
                 raise UnknownName("model", model, [*WIDTHS, *SOFT_MODELS])
         if not self.batches or min(self.batches) < 1:
             raise InvalidArgument(f"batches must be one or more numbers of at least 1, got {self.batches}.")
+        if "int8" in self.reference_precisions:
+            raise InvalidArgument(
+                "reference_precisions must not name 'int8', which is a precision of our models alone, got "
+                f"{self.reference_precisions}."
+            )
 
 
 @dataclass(frozen=True)
@@ -189,9 +195,14 @@ def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> 
 
 
 def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products) -> ModuleT:
-    """A model in its precision, packed if asked for."""
-    model = in_precision(model, "bfloat16" if products == "bfloat16" else "float32")
+    """A model in its precision, packed if asked for; integers for what it reads in a frame."""
     positions = config.side**2 + 64
+    if products == "int8":
+        with torch.inference_mode(), input_ranges(model) as ranges:
+            _frame(model, torch.device(config.device))
+        model = in_int8(model, ranges, rows=1)
+    else:
+        model = in_precision(model, "bfloat16" if products == "bfloat16" else "float32")
     return packed(model, positions * config.batches[0]) if config.packed else model
 
 
@@ -205,6 +216,15 @@ def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedS
     for _ in range(model.config.trunk.window - 2):
         state = model.observe(state, action, tokens, in_place=True)
     return state
+
+
+def _frame(model: nn.Module, device: torch.device) -> None:
+    """One frame of one rollout, with a full context."""
+    action = torch.zeros(1, ACTION_SIZE, device=device)
+    if isinstance(model, Dynamics):
+        model.step(_soft_full(model, 1, device), action)
+    elif isinstance(model, PublishedModel):
+        model.step(_full(model, 1, device), action)
 
 
 Calls = dict[str, tuple[int, Callable[[], object]]]

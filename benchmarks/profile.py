@@ -91,6 +91,10 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         if not self.envs or min(self.envs) < 1:
             raise InvalidArgument(f"envs must be one or more numbers of at least 1, got {self.envs}.")
+        if self.precision == "int8":
+            raise InvalidArgument(
+                "precision must be one in which the machine's matrix rate can be measured, got 'int8'; choose another."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     hma-gym bench throughput
 
 - ``learned``: ``make_vec`` of the learned task with every frame decoded and judged, and with 8-step chunks of which the
-  last frame is; the same in bfloat16 (``--precisions float32 bfloat16``), with packed weights, through
+  last frame is; the same in bfloat16 and in 8-bit integers (``--precisions float32 bfloat16 int8``), with packed weights, through
   ``torch.compile`` or as CUDA graphs (``--ways eager packed compiled graphs``), and with the judge that reads tokens
   (``--judge feature``);
 - ``ground truth``: the same task in MuJoCo with images, one process a core, each stepping as fast as it can, resets
@@ -77,7 +77,7 @@ class ThroughputConfig:
         checkpoint: name, folder or hub id; None takes the task's own.
         envs: numbers of learned environments in one vector environment.
         chunk: steps of a chunk.
-        precisions: of the learned world's matrix products; ``tf32`` is for GPUs.
+        precisions: of the learned world's matrix products; ``tf32`` is for GPUs, ``int8`` for CPUs.
         ways: how its steps run; ``packed`` has the weights rearranged for the CPU, ``compiled`` compiles for each
             number of environments first, ``graphs`` needs a GPU; ``sketch`` steps by the body alone.
         limit_s: after so many seconds no further learned environments are timed; None for no limit.
@@ -174,7 +174,7 @@ def checkpoint_in_precision(source: str | None, products: Products, device: str)
     """
     if source is None:
         raise InvalidArgument("the task has no checkpoint of its own; pass checkpoint.")
-    return with_precision(load_checkpoint(source, device=device), "bfloat16" if products == "bfloat16" else "float32")
+    return with_precision(load_checkpoint(source, device=device), "float32" if products == "tf32" else products)
 
 
 def _checkpoint(config: ThroughputConfig, precision: Products) -> Checkpoint:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.activations import FusedGelu
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear, FusedGelu):
     """A linear layer with a second, rearranged copy of its weights.
 
     Its product is in the dtype of the weights, its output in that of its input.
@@ -36,8 +37,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, "none").to(x.dtype)
 
-    def gelu(self, x: Tensor, approximate: str) -> Tensor:
-        """GELU of the output, in the dtype of the weights: what another layer reads of it, and no tensor in between."""
+    def gelu(self, x: Tensor, approximate: str, into: nn.Module) -> Tensor:
         return self._product(x, "gelu", approximate)
 
     def _product(self, x: Tensor, after: str, algorithm: str = "") -> Tensor:
@@ -65,6 +65,6 @@ def packed(module: ModuleT, rows: int) -> ModuleT:
     twin = copy.deepcopy(module).requires_grad_(False)
     for owner in list(twin.modules()):
         for name, layer in list(owner.named_children()):
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and not isinstance(layer, FusedGelu):
                 setattr(owner, name, PackedLinear(layer, rows))
     return twin

@@ -21,8 +21,9 @@ from hma_gym.errors import InvalidArgument
 
 Precision = Literal["float32", "bfloat16"]
 
-#: How products of float32 networks are rounded, too: ``tf32`` is float32 with inputs of products cut to 10 bits.
-Products = Literal["float32", "tf32", "bfloat16"]
+#: How products of float32 networks are rounded, too: ``tf32`` is float32 with inputs of products cut to 10 bits,
+#: ``int8`` is :mod:`hma_gym.nn.int8`.
+Products = Literal["float32", "tf32", "bfloat16", "int8"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.activations import gelu_between
 from hma_gym.nn.attention import Implementation, attend, attend_ring, ring_positions, rotary_angles, rotate, window_mask
-from hma_gym.nn.packed import PackedLinear
 
 ModulationKind = Literal["adaln", "residual", "published"]
 TimePositions = Literal["rotary", "learned"]
@@ -100,14 +100,6 @@ class Cache:
 CACHED = ("keys_BLWND", "values_BLWND")
 
 
-def gelu(x: Tensor, approximate: str) -> Tensor:
-    """GELU. Its tanh form goes by a sigmoid where a CPU wants no gradients: the same to rounding, in half the time."""
-    if approximate != "tanh" or x.is_cuda or torch.is_grad_enabled():
-        return F.gelu(x, approximate=approximate)
-    rate = 2 * math.sqrt(2 / math.pi)  # gelu(x) = x sigmoid(rate (x + 0.044715 x^3))
-    return x.square().mul_(0.044715 * rate).add_(rate).mul_(x).sigmoid_().mul_(x)
-
-
 class Projection(nn.Module):
     """Queries, keys and values in one matrix, and the output projection, of one attention layer."""
 
@@ -166,8 +158,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, x_BTND: Tensor, modulation_BTMD: Tensor) -> Tensor:
         x = self._normalise(x_BTND, modulation_BTMD, 2)
-        hidden = self.up.gelu(x, self.gelu) if isinstance(self.up, PackedLinear) else gelu(self.up(x), self.gelu)
-        return x_BTND + self.down(hidden).to(x_BTND.dtype)
+        return x_BTND + gelu_between(self.up, x, self.down, self.gelu).to(x_BTND.dtype)
 
     def forward(
         self, x_BTND: Tensor, modulation_BTMD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.activations import gelu_between
 from hma_gym.tokenizers.protocol import Tokenizer, TokenizerConfig, check_frames
 
 DOWNSAMPLING = 8
@@ -81,7 +82,7 @@ class ResidualBlock(nn.Module):
         nn.init.normal_(self.outer.weight, std=0.1 / (channels * expansion) ** 0.5)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        change: torch.Tensor = self.outer(F.gelu(self.inner(self.norm(x_BCHW))))
+        change = gelu_between(self.inner, self.norm(x_BCHW), self.outer)
         # In the memory of the change, unless autocast made that of a lower precision.
         return change.add_(x_BCHW) if change.dtype == x_BCHW.dtype else x_BCHW + change
 

@@ -22,9 +22,10 @@ from hma_gym.dynamics.steppers import CudaGraphs, InOrder, Sketch, SketchGraphs,
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.activations import gelu
 from hma_gym.nn.packed import PackedLinear, packed
 from hma_gym.nn.precision import Precision, in_precision
-from hma_gym.nn.transformer import SpaceTimeTransformer, TrunkConfig, gelu
+from hma_gym.nn.transformer import SpaceTimeTransformer, TrunkConfig
 
 N = 2
 
@@ -148,7 +149,7 @@ def test_a_packed_layer_is_the_layer(precision: Precision, bias: bool, rows: int
     tolerance = 1e-5 if precision == "float32" else 2e-2
     assert torch.allclose(said, layer(x), atol=tolerance)
     for approximate in ("tanh", "none"):
-        said = packed(layer, rows)[0].gelu(x, approximate)  # type: ignore[operator]
+        said = packed(layer, rows)[0].gelu(x, approximate, layer)  # type: ignore[operator]
         assert said.dtype == layer[0].weight.dtype
         assert torch.allclose(said.float(), torch.nn.functional.gelu(layer(x), approximate=approximate), atol=tolerance)
 

@@ -1,0 +1,249 @@
+"""Matrix products of 8-bit integers, for batches of rollouts on CPUs that have instructions for them, by choice.
+
+Weights are rounded to integers of -127 to 127, one scale for each output; a layer's input to 0 to 255, of which the
+scale and the zero point come from the smallest and the largest number that the layer was seen to read
+(:func:`input_ranges`). Both are fixed: so a rollout's numbers do not depend on those beside it. Products are summed
+exactly, what comes out is float32 again. Norms, softmax, the residual stream and the cache lose nothing; numbers beyond
+the range are cut to it.
+
+>>> with input_ranges(model) as ranges:  # doctest: +SKIP
+...     model(x)
+>>> fast = in_int8(model, ranges)  # doctest: +SKIP
+
+Affine quantisation of inputs and symmetric one of weights as in Jacob et al. 2018 (arXiv 1712.05877, Section 2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hma_gym.errors import InvalidArgument
+from hma_gym.nn.activations import FusedGelu
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+#: Ranges are so much wider than what was seen.
+WIDER = 1.1
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What a layer was seen to read.
+
+    Attributes:
+        low, high: the smallest and the largest number, or 0.
+        rows: the most vectors (of a linear layer) or pixels at once.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    rows: int = 0
+
+    def joined(self, low: float, high: float, rows: int) -> InputRange:
+        """With another input."""
+        return InputRange(min(self.low, low), max(self.high, high), max(self.rows, rows))
+
+
+@contextmanager
+def input_ranges(module: nn.Module) -> Iterator[dict[str, InputRange]]:
+    """Sees what the linear and convolution layers of a module read inside, by their names; slower for as long."""
+    ranges: dict[str, InputRange] = {}
+    hooks = []
+    for name, layer in module.named_modules():
+        if _kind(layer) is not None:
+
+            def see(layer: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                if not inputs[0].numel():
+                    return
+                low, high = (float(x) for x in inputs[0].aminmax())
+                rows = inputs[0].numel() // inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
+                ranges[name] = ranges.get(name, InputRange()).joined(low, high, rows)
+
+            hooks.append(layer.register_forward_pre_hook(see))
+    try:
+        yield ranges
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Grid:
+    """Numbers that are integers 0 to 255 to a layer: ``scale`` (q - ``zero``)."""
+
+    def __init__(self, seen: InputRange) -> None:
+        low, high = WIDER * seen.low, WIDER * seen.high
+        self.scale = (high - low) / 255.0
+        self.zero = round(-low / self.scale)
+        self._origin = torch.tensor(float(self.zero - 128))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 to uint8."""
+        signed = torch.add(self._origin, x, alpha=1.0 / self.scale).round_().clamp_(-128.0, 127.0)
+        return signed.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # floats become int8 ten times faster
+
+
+class _Integers:
+    """A layer's weights (O, ...) as int8, the scale of each output (O,), and what the products also want to be given.
+
+    Nothing of it ever changes: a copy of a layer shares it.
+
+    Args:
+        pack: weights and scales to the weights as the processor's kernels want them.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, pack: Callable[[Tensor, Tensor], Tensor]) -> None:
+        weight = layer.weight.detach()
+        self.scale_O = weight.abs().flatten(1).amax(dim=1).clamp(min=1e-30) / 127.0
+        self.zero_O = torch.zeros(len(weight), dtype=torch.int64)
+        self.bias_O = None if layer.bias is None else layer.bias.detach()
+        integers = (weight / self.scale_O.view(-1, *(1,) * (weight.ndim - 1))).round().to(torch.int8)
+        self.packed = pack(integers.contiguous(), self.scale_O)
+
+    def __deepcopy__(self, memo: object) -> _Integers:
+        return self
+
+
+class Int8Linear(nn.Linear, FusedGelu):
+    """A linear layer whose product is of integers; it reads float32, or uint8 on its own grid, and gives float32.
+
+    Args:
+        layer: whose weights are shared, and rounded once; they must not change any more.
+        seen: what it reads.
+    """
+
+    def __init__(self, layer: nn.Linear, seen: InputRange) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.grid = _Grid(seen)
+        self._integers = _Integers(layer, lambda integers, _: torch.ops.onednn.qlinear_prepack(integers, None))
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, 1.0, 0, torch.float32, "none", "")
+
+    def gelu(self, x: Tensor, approximate: str, into: nn.Module) -> Tensor:
+        grid = into.grid if isinstance(into, Int8Linear) else None
+        if grid is None:
+            return self._product(x, 1.0, 0, torch.float32, "gelu", approximate)
+        return self._product(x, grid.scale, grid.zero, torch.uint8, "gelu", approximate)
+
+    def _product(self, x: Tensor, scale: float, zero: int, dtype: torch.dtype, after: str, algorithm: str) -> Tensor:
+        read, own = x if x.dtype == torch.uint8 else self.grid(x), self._integers
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            read.reshape(-1, self.in_features),
+            self.grid.scale,
+            self.grid.zero,
+            own.packed,
+            own.scale_O,
+            own.zero_O,
+            own.bias_O,
+            scale,
+            zero,
+            dtype,
+            after,
+            [],
+            algorithm,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Conv2d(nn.Conv2d):
+    """A convolution whose products are of integers; it reads and gives float32, with channels last in memory.
+
+    Args:
+        layer: of one group, without dilation. Its weights are shared, and rounded once; they must not change any more.
+        seen: what it reads.
+    """
+
+    def __init__(self, layer: nn.Conv2d, seen: InputRange) -> None:
+        assert not isinstance(layer.padding, str)
+        size, stride, padding = (tuple(x) for x in (layer.kernel_size, layer.stride, layer.padding))
+        bias = layer.bias is not None
+        sizes: Any = {"kernel_size": size, "stride": stride, "padding": padding}
+        super().__init__(layer.in_channels, layer.out_channels, **sizes, bias=bias, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.grid = _Grid(seen)
+        read = self.grid.scale, self.grid.zero
+        self._integers = _Integers(
+            layer,
+            lambda integers, scale_O: torch.ops.onednn.qconv_prepack(
+                integers, scale_O, *read, stride, padding, (1, 1), 1, None
+            ),
+        )
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self._integers
+        y: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            self.grid(x.contiguous(memory_format=torch.channels_last)),
+            self.grid.scale,
+            self.grid.zero,
+            own.packed,
+            own.scale_O,
+            own.zero_O,
+            own.bias_O,
+            self.stride,
+            self.padding,
+            (1, 1),
+            1,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            None,
+        )
+        return y
+
+
+def _kind(layer: nn.Module) -> type[Int8Linear | Int8Conv2d] | None:
+    """What a layer becomes in integers, if it can."""
+    if type(layer) is nn.Linear:
+        return Int8Linear
+    if type(layer) is nn.Conv2d and not isinstance(layer.padding, str):
+        plain = layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+        return Int8Conv2d if plain else None
+    return None
+
+
+def lacks_int8() -> str:
+    """Why there are no fast products of integers here; "" if there are."""
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch has no oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no VNNI instructions"
+    return ""
+
+
+def in_int8(module: ModuleT, ranges: Mapping[str, InputRange], rows: int = 0) -> ModuleT:
+    """A copy of a float32 module, with weights of its own, whose products are of integers. For inference on a CPU.
+
+    Args:
+        module: on a CPU.
+        ranges: what its layers read, by name; others stay as they are, and so do those that read nothing but zeros.
+        rows: layers that were seen to read no more rows than this at once stay as they are.
+
+    Raises:
+        InvalidArgument: weights that are not float32 on a CPU, or a machine without such products.
+    """
+    kinds = sorted({f"{p.dtype} on {p.device.type}" for p in module.parameters()})
+    reason = lacks_int8()
+    if kinds != ["torch.float32 on cpu"] or reason:
+        raise InvalidArgument(
+            "products of integers need float32 weights on a CPU with VNNI and a PyTorch with oneDNN, got weights of "
+            f"{kinds}{'; ' + reason if reason else ''}; choose another precision."
+        )
+    twin = copy.deepcopy(module).requires_grad_(False)
+    for name, layer in list(twin.named_modules()):
+        kind, seen = _kind(layer), ranges.get(name, InputRange())
+        if kind is not None and seen.rows > rows and seen.high > seen.low:
+            owner, _, own = name.rpartition(".")
+            setattr(twin.get_submodule(owner), own, kind(layer, seen))
+    return twin
