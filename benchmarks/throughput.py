@@ -56,13 +56,22 @@ from hma_gym.nn.precision import Products, tensor_float32
 
 Renderer = Literal["ours", "plain"]
 Way = Literal[
-    "eager", "packed", "compiled", "graphs", "compiled-graphs", "sketch", "sketch-graphs", "compiled-sketch-graphs"
+    "eager",
+    "packed",
+    "compiled",
+    "graphs",
+    "compiled-graphs",
+    "sketch",
+    "compiled-sketch",
+    "sketch-graphs",
+    "compiled-sketch-graphs",
 ]
 
 _STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {
     "graphs": CudaGraphs,
     "compiled-graphs": CudaGraphs,
     "sketch": Sketch,
+    "compiled-sketch": Sketch,
     "sketch-graphs": SketchGraphs,
     "compiled-sketch-graphs": SketchGraphs,
 }

@@ -11,10 +11,11 @@ from hma_gym.domains import Domain
 from hma_gym.dynamics.body import BodyConfig
 from hma_gym.dynamics.checkpoint import Checkpoint, start_bank
 from hma_gym.dynamics.mar import FlowHeadConfig
+from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics, DynamicsConfig
 from hma_gym.judges.classifier import ClassifierConfig, ClassifierJudge
 from hma_gym.nn.transformer import TrunkConfig
-from hma_gym.tokenizers import SoftConfig, SoftTokenizer
+from hma_gym.tokenizers import SoftConfig, SoftTokenizer, VQConfig, VQTokenizer
 
 SIZE, STARTS, ACTION_DIM, STATE_DIM = 40, 6, 7, 9
 
@@ -66,6 +67,18 @@ def toy_checkpoint(*domains: Domain, judge: bool = True, task: str = "lift") -> 
         judge=network.eval().requires_grad_(False) if judge else None,
         starts=start_bank(list(frames), list(rng.uniform(-0.3, 0.3, (STARTS, width)).astype(np.float32))),
     )
+
+
+def discrete_checkpoint() -> Checkpoint:
+    """The toy checkpoint with discrete tokens in place of soft ones."""
+    soft = toy_checkpoint(judge=False)
+    config = VQConfig((SIZE, SIZE), (4, 4, 4), (4, 4, 4), (1, 0, 0), levels=(4, 3), vocabulary=(12,))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = VQTokenizer(config).eval().requires_grad_(False)
+        head = MaskGITHeadConfig(tokenizer.grid, vocabulary=(12,))
+        dynamics = Dynamics(dataclasses.replace(soft.dynamics.config, head=head), [toy_domain()])
+    return dataclasses.replace(soft, tokenizer=tokenizer, dynamics=dynamics.eval().requires_grad_(False))
 
 
 def told_checkpoint(refresh: int = 0) -> Checkpoint:

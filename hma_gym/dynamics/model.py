@@ -375,13 +375,13 @@ class Columns:
     drawn: Tensor
 
     def after(self, frames: int) -> Columns:
-        """Without the first frames."""
+        """Without the first frames; the object's pose, which is kept, in the layout that it has at a start."""
         return Columns(
             self.tokens_BTND[:, frames:],
             self.state_BTD[:, frames:],
             self.pooled_BTD[:, frames:],
             self.coasted_BTP[:, frames:],
-            self.coasted_BTO[:, frames:],
+            self.coasted_BTO[:, frames:].clone(memory_format=torch.contiguous_format),
             self.drawn[:, frames:],
         )
 
@@ -419,6 +419,7 @@ class Dynamics(nn.Module):
         self.state_size = max(domain.state_dim for domain in domains)
         self.target_size = max(domain.target_dim for domain in domains)
         self.object_size = max(self.adapter(index).body.target_dim for index in range(len(domains)))
+        self._whole_step, self._bodies_step = Dynamics._step, Dynamics._step_of_bodies
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """How the parameters are trained at any width (muP: Yang et al. 2022, Table 8).
@@ -455,6 +456,22 @@ class Dynamics(nn.Module):
         """Leave the bodies as they were trained by themselves."""
         for index in range(len(self.domains)):
             self.adapter(index).body.requires_grad_(False)
+
+    def compile_step(self) -> None:
+        """Let a whole step run through ``torch.compile``, and one of the bodies alone; anew for each number of rows.
+
+        Raises:
+            InvalidArgument: several domains, of which only the data says which rows are whose.
+        """
+        if len(self.domains) > 1:
+            raise InvalidArgument(
+                f"a step can be compiled as a whole where a model has one domain, got {len(self.domains)}; compile its "
+                "parts instead."
+            )
+        self._whole_step, self._bodies_step = (
+            torch.compile(function, dynamic=False, fullgraph=True)
+            for function in (Dynamics._step, Dynamics._step_of_bodies)
+        )
 
     def compile_bodies(self) -> None:
         """Let what the bodies foretell and draw, and what the trunk is told of it, run through ``torch.compile``."""
@@ -915,8 +932,8 @@ class Dynamics(nn.Module):
         """
         given_B = torch.full((len(state),), action_BA is not None, device=state.step_B.device)
         if action_BA is None:
-            return self._step(state, torch.zeros_like(state.actions_BKA[:, 0]), given_B, in_place, None)
-        return self._step(state, self._normal(state, action_BA), given_B, in_place, None)
+            return self._whole_step(self, state, torch.zeros_like(state.actions_BKA[:, 0]), given_B, in_place, None)
+        return self._whole_step(self, state, self._normal(state, action_BA), given_B, in_place, None)
 
     @torch.no_grad()
     def step_of_bodies(self, state: RolloutState, action_BA: Tensor) -> tuple[RolloutState, StepOutput]:
@@ -928,7 +945,12 @@ class Dynamics(nn.Module):
         Raises:
             InvalidArgument: a domain whose body draws nothing: one without agent_pos, or with discrete tokens.
         """
-        action_BA, given_B = self._normal(state, action_BA), torch.ones_like(state.domain_B, dtype=torch.bool)
+        given_B = torch.ones_like(state.domain_B, dtype=torch.bool)
+        return self._bodies_step(self, state, self._normal(state, action_BA), given_B)
+
+    def _step_of_bodies(
+        self, state: RolloutState, action_BA: Tensor, given_B: Tensor
+    ) -> tuple[RolloutState, StepOutput]:
         pose, tokens = self._rollout_pose(state).rows((slice(None), 0)), torch.zeros_like(state.tokens)
         agent_pos, things = torch.zeros_like(state.agent_pos_BP), torch.zeros_like(state.targets_BO)
         for adapter, rows in self._groups(state.domain_B):

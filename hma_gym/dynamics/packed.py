@@ -24,10 +24,14 @@ def with_packed_weights(checkpoint: Checkpoint, num_envs: int) -> Checkpoint:
         num_envs: for which it shall be fastest; any number works.
 
     Raises:
-        InvalidArgument: weights that are not on a CPU, or packed before.
+        InvalidArgument: weights that are not on a CPU, or a checkpoint that was packed or compiled before.
     """
     if "packed" in checkpoint.provenance:
         raise InvalidArgument(f"checkpoint {checkpoint.name!r} has packed weights already; use it as it is.")
+    if "compiled" in checkpoint.provenance:
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.name!r} is compiled, and the compiler cannot read packed weights; use it as it is."
+        )
     return dataclasses.replace(
         checkpoint,
         dynamics=packed(checkpoint.dynamics, num_envs * checkpoint.dynamics.positions),

@@ -16,10 +16,12 @@ Affine quantisation of inputs and symmetric one of weights as in Jacob et al. 20
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,23 +76,9 @@ def input_ranges(module: nn.Module) -> Iterator[dict[str, InputRange]]:
             hook.remove()
 
 
-class _Grid:
-    """Numbers that are integers 0 to 255 to a layer: ``scale`` (q - ``zero``)."""
-
-    def __init__(self, seen: InputRange) -> None:
-        low, high = WIDER * seen.low, WIDER * seen.high
-        self.scale = (high - low) / 255.0
-        self.zero = round(-low / self.scale)
-        self._origin = torch.tensor(float(self.zero - 128))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 to uint8."""
-        signed = torch.add(self._origin, x, alpha=1.0 / self.scale).round_().clamp_(-128.0, 127.0)
-        return signed.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # floats become int8 ten times faster
-
-
 class _Integers:
-    """A layer's weights (O, ...) as int8, the scale of each output (O,), and what the products also want to be given.
+    """A layer's weights (O, ...) as int8 with the scale of each output (O,), and the grid of what it reads: integers q
+    that stand for ``scale`` (q - ``zero``).
 
     Nothing of it ever changes: a copy of a layer shares it.
 
@@ -98,19 +86,53 @@ class _Integers:
         pack: weights and scales to the weights as the processor's kernels want them.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, pack: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, seen: InputRange, pack: Callable[[_Integers, Tensor], Tensor]
+    ) -> None:
+        low, high = WIDER * seen.low, WIDER * seen.high
+        self.scale = (high - low) / 255.0
+        self.zero = round(-low / self.scale)
         weight = layer.weight.detach()
         self.scale_O = weight.abs().flatten(1).amax(dim=1).clamp(min=1e-30) / 127.0
         self.zero_O = torch.zeros(len(weight), dtype=torch.int64)
         self.bias_O = None if layer.bias is None else layer.bias.detach()
         integers = (weight / self.scale_O.view(-1, *(1,) * (weight.ndim - 1))).round().to(torch.int8)
-        self.packed = pack(integers.contiguous(), self.scale_O)
+        self.packed = pack(self, integers.contiguous())
+        self.number = next(_numbers)
+        _known[self.number] = self
 
     def __deepcopy__(self, memo: object) -> _Integers:
         return self
 
 
-class Int8Linear(nn.Linear, FusedGelu):
+#: Integers by their numbers, by which compiled code names them.
+_known: WeakValueDictionary[int, _Integers] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class _Reader(nn.Module):
+    """A layer that reads integers."""
+
+    integers: _Integers
+
+    def _own(self, integers: _Integers) -> None:
+        self.integers = integers
+        for name, value in (("number", integers.number), ("inverse", 1.0 / integers.scale), ("zero", integers.zero)):
+            # As tensors, so that code compiled for one layer serves others of its shape.
+            kind = torch.int64 if name == "number" else torch.float32
+            self.register_buffer(f"_{name}", torch.tensor(value, dtype=kind), persistent=False)
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """float32 as the integers that the layer reads, uint8."""
+        if torch.compiler.is_compiling():
+            steps = x * self.get_buffer("_inverse") + self.get_buffer("_zero")
+            return steps.round().clamp(0.0, 255.0).to(torch.uint8)
+        own = self.integers
+        signed = torch.add(own.zero - 128.0, x, alpha=1.0 / own.scale).round_().clamp_(-128.0, 127.0)
+        return signed.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # floats become int8 ten times faster
+
+
+class Int8Linear(nn.Linear, _Reader, FusedGelu):
     """A linear layer whose product is of integers; it reads float32, or uint8 on its own grid, and gives float32.
 
     Args:
@@ -121,40 +143,26 @@ class Int8Linear(nn.Linear, FusedGelu):
     def __init__(self, layer: nn.Linear, seen: InputRange) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.grid = _Grid(seen)
-        self._integers = _Integers(layer, lambda integers, _: torch.ops.onednn.qlinear_prepack(integers, None))
+        self._own(_Integers(layer, seen, lambda own, integers: torch.ops.onednn.qlinear_prepack(integers, None)))
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, 1.0, 0, torch.float32, "none", "")
+        return self._product(x, None, "none", "")
 
     def gelu(self, x: Tensor, approximate: str, into: nn.Module) -> Tensor:
-        grid = into.grid if isinstance(into, Int8Linear) else None
-        if grid is None:
-            return self._product(x, 1.0, 0, torch.float32, "gelu", approximate)
-        return self._product(x, grid.scale, grid.zero, torch.uint8, "gelu", approximate)
+        return self._product(x, into if isinstance(into, Int8Linear) else None, "gelu", approximate)
 
-    def _product(self, x: Tensor, scale: float, zero: int, dtype: torch.dtype, after: str, algorithm: str) -> Tensor:
-        read, own = x if x.dtype == torch.uint8 else self.grid(x), self._integers
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            read.reshape(-1, self.in_features),
-            self.grid.scale,
-            self.grid.zero,
-            own.packed,
-            own.scale_O,
-            own.zero_O,
-            own.bias_O,
-            scale,
-            zero,
-            dtype,
-            after,
-            [],
-            algorithm,
-        )
+    def _product(self, x: Tensor, into: Int8Linear | None, after: str, algorithm: str) -> Tensor:
+        rows = (x if x.dtype == torch.uint8 else self.on_grid(x)).reshape(-1, self.in_features)
+        if torch.compiler.is_compiling():
+            number, reader = self.get_buffer("_number"), None if into is None else into.get_buffer("_number")
+            y = _linear_by_number(rows, number, reader, self.out_features, after, algorithm)
+        else:
+            y = _linear(rows, self.integers, None if into is None else into.integers, after, algorithm)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class Int8Conv2d(nn.Conv2d):
+class Int8Conv2d(nn.Conv2d, _Reader):
     """A convolution whose products are of integers; it reads and gives float32, with channels last in memory.
 
     Args:
@@ -169,38 +177,69 @@ class Int8Conv2d(nn.Conv2d):
         sizes: Any = {"kernel_size": size, "stride": stride, "padding": padding}
         super().__init__(layer.in_channels, layer.out_channels, **sizes, bias=bias, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.grid = _Grid(seen)
-        read = self.grid.scale, self.grid.zero
-        self._integers = _Integers(
-            layer,
-            lambda integers, scale_O: torch.ops.onednn.qconv_prepack(
-                integers, scale_O, *read, stride, padding, (1, 1), 1, None
-            ),
-        )
+
+        def pack(own: _Integers, integers: Tensor) -> Tensor:
+            fixed = (own.scale, own.zero, stride, padding, (1, 1), 1, None)
+            packed: Tensor = torch.ops.onednn.qconv_prepack(integers, own.scale_O, *fixed)
+            return packed
+
+        self._own(_Integers(layer, seen, pack))
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self._integers
-        y: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            self.grid(x.contiguous(memory_format=torch.channels_last)),
-            self.grid.scale,
-            self.grid.zero,
-            own.packed,
-            own.scale_O,
-            own.zero_O,
-            own.bias_O,
-            self.stride,
-            self.padding,
-            (1, 1),
-            1,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            None,
-        )
-        return y
+        pixels, stride, padding = self.on_grid(x), list(self.stride), list(map(int, self.padding))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if torch.compiler.is_compiling():
+            size = [self.out_channels, *self.kernel_size]
+            return _convolution_by_number(pixels, self.get_buffer("_number"), size, stride, padding)
+        return _convolution(pixels, self.integers, stride, padding)
+
+
+def _linear(rows: Tensor, own: _Integers, into: _Integers | None, after: str, algorithm: str) -> Tensor:
+    """(R, I) uint8 to (R, O): float32, or uint8 on the grid of the layer that reads it."""
+    scale, zero, dtype = (1.0, 0, torch.float32) if into is None else (into.scale, into.zero, torch.uint8)
+    weights = own.packed, own.scale_O, own.zero_O, own.bias_O
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        rows, own.scale, own.zero, *weights, scale, zero, dtype, after, [], algorithm
+    )
+    return y
+
+
+def _convolution(pixels: Tensor, own: _Integers, stride: list[int], padding: list[int]) -> Tensor:
+    """(B, C, H, W) uint8 to (B, O, h, w) float32, both with channels last in memory."""
+    weights = own.packed, own.scale_O, own.zero_O, own.bias_O
+    y: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        pixels, own.scale, own.zero, *weights, stride, padding, [1, 1], 1, 1.0, 0, torch.float32, "none", [], None
+    )
+    return y
+
+
+@torch.library.custom_op("hma_gym::linear_int8", mutates_args=())
+def _linear_by_number(
+    rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str
+) -> Tensor:
+    """For compiled code, which cannot hold packed weights."""
+    return _linear(rows, _known[int(number)], None if into is None else _known[int(into)], after, algorithm)
+
+
+@_linear_by_number.register_fake
+def _(rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str) -> Tensor:
+    return rows.new_empty(len(rows), outputs, dtype=torch.float32 if into is None else torch.uint8)
+
+
+@torch.library.custom_op("hma_gym::convolution_int8", mutates_args=())
+def _convolution_by_number(
+    pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    """For compiled code, which cannot hold packed weights."""
+    return _convolution(pixels, _known[int(number)], stride, padding)
+
+
+@_convolution_by_number.register_fake
+def _(pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    sides = zip(pixels.shape[2:], size[1:], stride, padding, strict=True)
+    shape = (len(pixels), size[0], *((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides))
+    return torch.empty(shape, device=pixels.device, dtype=torch.float32, memory_format=torch.channels_last)
 
 
 def _kind(layer: nn.Module) -> type[Int8Linear | Int8Conv2d] | None:

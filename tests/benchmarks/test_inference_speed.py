@@ -12,6 +12,7 @@ from recorded import replay_on_the_host
 from hma_gym.benchmarks._reference import load_reference
 from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
 from hma_gym.errors import InvalidArgument, UnknownName
+from hma_gym.nn.int8 import lacks_int8
 
 
 def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
@@ -25,6 +26,18 @@ def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
     assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
     assert text.count("| base |") == 6 and "weights packed" in text
     assert {(row["way"], row["precision"]) for row in data["rows"]} == {("eager", "float32")}
+
+
+@pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
+@pytest.mark.parametrize(("model", "rows"), [("base", 3), ("mar-base", 2)])
+def test_inference_speed_in_integers(model: str, rows: int, tmp_path: Path) -> None:
+    config = InferenceSpeedConfig(
+        (model,), layers=1, side=2, precisions=("int8",), packed=True, repeats=1, out=tmp_path
+    )
+    found = json.loads(inference_speed(config)[0].read_text())["rows"]
+    assert [row["precision"] for row in found] == ["int8"] * rows
+    with pytest.raises(InvalidArgument, match="reference_precisions must not name 'int8'"):
+        InferenceSpeedConfig(reference_precisions=("float32", "int8"))
 
 
 def test_inference_speed_records_graphs_and_compares_precisions(

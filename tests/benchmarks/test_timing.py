@@ -16,6 +16,10 @@ from hma_gym.benchmarks._timing import markdown_table, summary, time_calls
 from hma_gym.benchmarks.profile import ProfileConfig, profile
 from hma_gym.benchmarks.throughput import ThroughputConfig, throughput
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.int8 import lacks_int8
+from hma_gym.nn.precision import Products
+
+PRECISIONS: tuple[Products, ...] = ("float32", "bfloat16") if lacks_int8() else ("float32", "bfloat16", "int8")
 
 
 def test_a_summary_is_a_median_with_its_interval_and_percentiles() -> None:
@@ -70,7 +74,7 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
         checkpoint=str(toy_folder),
         envs=(1, 2),
         chunk=2,
-        precisions=("float32", "bfloat16"),
+        precisions=PRECISIONS,
         ways=("eager", "packed"),
         repeats=2,
         growth_repeats=3,
@@ -83,10 +87,7 @@ def test_throughput_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> Non
     )
     data, text = _read(throughput(config))
     assert [(row["envs"], row["precision"], row["way"]) for row in data["learned"]] == [
-        (envs, precision, way)
-        for envs in (1, 2)
-        for precision in ("float32", "bfloat16")
-        for way in ("eager", "packed")
+        (envs, precision, way) for envs in (1, 2) for precision in PRECISIONS for way in ("eager", "packed")
     ]
     assert [(row["what"], row["at"]) for row in data["growth"]] == [
         ("step", 2),
@@ -122,3 +123,8 @@ def test_profile_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
     assert "percent of the matrix rate" in text and found["trunk_moved"] > found["trunk_bytes"]
     with pytest.raises(InvalidArgument, match="envs"):
         ProfileConfig(envs=())
+
+
+def test_a_profile_needs_a_precision_whose_rate_can_be_measured() -> None:
+    with pytest.raises(InvalidArgument, match="matrix rate can be measured, got 'int8'"):
+        ProfileConfig(precision="int8")

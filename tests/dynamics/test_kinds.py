@@ -11,28 +11,15 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
-from toy_checkpoint import SIZE, toy_checkpoint, toy_domain
+from toy_checkpoint import discrete_checkpoint
 from toy_dynamics import batch, begin, model, tokens
 
-from hma_gym.dynamics.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hma_gym.dynamics.checkpoint import load_checkpoint, save_checkpoint
 from hma_gym.dynamics.mar import DiffusionHeadConfig
-from hma_gym.dynamics.maskgit import MaskGITHeadConfig
 from hma_gym.dynamics.model import Dynamics
 from hma_gym.errors import CheckpointError, InvalidArgument
-from hma_gym.tokenizers import VQConfig, VQTokenizer
 from hma_gym.tokenizers.files import load_tokenizer, save_tokenizer
 from hma_gym.training.recipes.dynamics import read_initial
-
-
-def discrete_checkpoint() -> Checkpoint:
-    """The toy checkpoint with discrete tokens in place of soft ones."""
-    soft = toy_checkpoint(judge=False)
-    config = VQConfig((SIZE, SIZE), (4, 4, 4), (4, 4, 4), (1, 0, 0), levels=(4, 3), vocabulary=(12,))
-    torch.manual_seed(0)
-    tokenizer = VQTokenizer(config).eval().requires_grad_(False)
-    head = MaskGITHeadConfig(tokenizer.grid, vocabulary=(12,))
-    dynamics = Dynamics(dataclasses.replace(soft.dynamics.config, head=head), [toy_domain()])
-    return dataclasses.replace(soft, tokenizer=tokenizer, dynamics=dynamics.eval().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from recorded import replay_on_the_host
-from toy_checkpoint import toy_checkpoint, toy_domain
+from toy_checkpoint import discrete_checkpoint, toy_checkpoint, toy_domain
 
 from hma_gym.dynamics import compiled as module
 from hma_gym.dynamics.checkpoint import Checkpoint
-from hma_gym.dynamics.compiled import with_compilation
+from hma_gym.dynamics.compiled import MOST_ROUNDS, with_compilation
+from hma_gym.dynamics.mar import SoftHeadConfig
+from hma_gym.dynamics.model import Dynamics
 from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import with_precision
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
@@ -23,23 +27,26 @@ from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import gelu
+from hma_gym.nn.int8 import lacks_int8
 from hma_gym.nn.packed import PackedLinear, packed
 from hma_gym.nn.precision import Precision, in_precision
 from hma_gym.nn.transformer import SpaceTimeTransformer, TrunkConfig
 
 N = 2
+NEEDS_INT8 = pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
 
 
 def _steps(checkpoint: Checkpoint, stepper: Stepper, count: int = 7) -> list[tuple[RolloutState, StepOutput]]:
     """States and outputs of some steps of N rollouts, more than the window holds."""
     device = checkpoint.dynamics.position_embedding.device
     starts = checkpoint.starts
-    tokens = checkpoint.tokenizer.encode(torch.from_numpy(starts.frames_NHWC[:N]).to(device))
-    pose = torch.from_numpy(starts.agent_pos_NP[:N]).to(device)
     generator = torch.Generator().manual_seed(0)
     found = []
     with torch.inference_mode():
-        state = checkpoint.dynamics.start(tokens, pose, torch.arange(N))
+        tokens = checkpoint.tokenizer.encode(torch.from_numpy(starts.frames_NHWC[:N]).to(device))
+        pose = torch.from_numpy(starts.agent_pos_NP[:N]).to(device)
+        domain = torch.arange(N) % len(checkpoint.dynamics.domains)
+        state = checkpoint.dynamics.start(tokens, pose, torch.arange(N), domain.to(device))
         for _ in range(count):
             action = (2 * torch.rand(N, checkpoint.dynamics.action_size, generator=generator) - 1).to(device)
             state, out = stepper.step(state, action)
@@ -57,21 +64,64 @@ def _assert_alike(
                 assert torch.allclose(got.float(), expected.float(), atol=tolerance, rtol=tolerance), field.name
 
 
-def test_compiled_equals_eager(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def _kinds() -> dict[str, Callable[[Checkpoint], Checkpoint]]:
+    """Other models in the toy checkpoint's place, with random weights."""
+
+    def other(toy: Checkpoint, domains: int = 1, **changes: Any) -> Checkpoint:
+        config = dataclasses.replace(toy.dynamics.config, **changes)
+        own = [dataclasses.replace(toy_domain(), name=name) for name in ("lift", "other")[:domains]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Dynamics(config, own).eval().requires_grad_(False)
+        return dataclasses.replace(toy, dynamics=model)
+
+    def diffusing(toy: Checkpoint) -> Checkpoint:
+        head = toy.dynamics.config.head
+        assert isinstance(head, SoftHeadConfig)
+        return other(toy, head=dataclasses.replace(head, flow_steps=MOST_ROUNDS + 1))
+
+    return {
+        "soft": lambda toy: toy,
+        "in place, two passes": lambda toy: other(toy, conditioning="in_place", decode_steps=2),
+        "discrete": lambda toy: discrete_checkpoint(),
+        "integers": lambda toy: with_precision(toy, "int8"),
+        "many noise steps": diffusing,
+        "two domains": lambda toy: other(toy, domains=2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs"),
+    [
+        ("soft", 1),
+        ("in place, two passes", 1),
+        ("discrete", 1),
+        pytest.param("integers", 1, marks=NEEDS_INT8),
+        ("many noise steps", 5),
+        ("two domains", 5),
+    ],
+)
+def test_compiled_equals_eager(toy: Checkpoint, kind: str, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced by the compiler, but run without its C++ back end, which takes half a minute for all of it.
     monkeypatch.setattr(module, "lacks_compiler", lambda: "")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    fast = with_compilation(toy)
-    assert fast.provenance["compiled"] is True and "compiled" not in toy.provenance
+    plain = _kinds()[kind](toy)
+    fast = with_compilation(plain)
+    assert fast.provenance["compiled"] is True and "compiled" not in plain.provenance
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for all blocks, one for the flow
-    tokens = toy.tokenizer.encode(torch.from_numpy(toy.starts.frames_NHWC[:N]))
+    # A number that lies between two integers falls to either side, from which rollouts drift apart.
+    count, tolerance = (2, 0.1) if kind == "integers" else (7, 1e-4)
+    _assert_alike(*(_steps(x, InOrder(x.dynamics), count) for x in (plain, fast)), tolerance)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    tokens = plain.tokenizer.encode(torch.from_numpy(plain.starts.frames_NHWC[:N]))
     with torch.inference_mode():
-        shown, again = (checkpoint.tokenizer.decode(tokens).int() for checkpoint in (toy, fast))
+        shown, again = (checkpoint.tokenizer.decode(tokens).int() for checkpoint in (plain, fast))
     assert int((shown - again).abs().max()) <= 1
     with pytest.raises(InvalidArgument, match="compiled already"):
         with_compilation(fast)
+    with pytest.raises(InvalidArgument, match="compiled, and the compiler cannot read packed"):
+        with_packed_weights(fast, num_envs=N)
 
 
 def test_compiled_bodies_equal_eager_ones(toy: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +186,8 @@ def test_packed_weights_equal_plain_ones(toy: Checkpoint) -> None:
     _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)), tolerance=2e-3)
     with pytest.raises(InvalidArgument, match="packed weights already"):
         with_packed_weights(fast, num_envs=N)
+    with pytest.raises(InvalidArgument, match="cannot read packed weights; compile it without"):
+        with_compilation(fast)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

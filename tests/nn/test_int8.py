@@ -89,8 +89,8 @@ def test_a_gelu_between_two_layers_stays_in_integers(approximate: str, generator
         assert kept.dtype == torch.uint8
         exact = rounded_input(F.gelu(first(x), approximate=approximate), seen.low, seen.high)
         assert (
-            float(((kept.double() - second.grid.zero) * second.grid.scale - exact).abs().max())
-            < 1.01 * second.grid.scale
+            float(((kept.double() - second.integers.zero) * second.integers.scale - exact).abs().max())
+            < 1.01 * second.integers.scale
         )
         assert torch.allclose(gelu_between(first, x, second, approximate), down(middle), atol=0.05)
         alone = gelu_between(first, x, down, approximate)  # a float32 layer reads float32
