@@ -291,13 +291,15 @@ class SpaceTimeTransformer(nn.Module):
             assert isinstance(block, Block)
             past = (cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer])
             x_BTND, k, v = self._extend_block(block, x_BTND, modulation_BTLMD[:, :, layer], rotary, past, mask_BTS)
-            if commit and x_BTND.is_cuda:  # all layers at once: two launches for all of them
+            if commit and (x_BTND.is_cuda or torch.compiler.is_compiling()):
                 later.append((k[:, new], v[:, new]))
             elif commit:
                 keys[rows, layer, slots] = k[:, new].to(keys.dtype)
                 values[rows, layer, slots] = v[:, new].to(values.dtype)
-        if later:
+        if later and x_BTND.is_cuda:  # all layers at once: two launches for all of them
             commit_layers((keys, values), later, slots)
+        elif later:
+            _commit_in_place(keys, values, *map(list, zip(*later, strict=True)), slots)
         return x_BTND, Cache(keys, values, cache.step_B + commit)
 
     def _committed(self, commit: int) -> slice:
@@ -321,3 +323,14 @@ def commit_layers(cache_BLWND: tuple[Tensor, Tensor], new_LBCND: list[tuple[Tens
     rows_B1 = torch.arange(len(slots_BC), device=slots_BC.device)[:, None]
     for kept, new in zip(cache_BLWND, zip(*new_LBCND, strict=True), strict=True):
         kept.transpose(1, 2)[rows_B1, slots_BC] = torch.stack(new, dim=2).to(kept.dtype)
+
+
+@torch.library.custom_op("hma_gym::commit_layers", mutates_args=("keys_BLWND", "values_BLWND"))
+def _commit_in_place(
+    keys_BLWND: Tensor, values_BLWND: Tensor, keys_LBCND: list[Tensor], values_LBCND: list[Tensor], slots_BC: Tensor
+) -> None:
+    """The same inside compiled code for a CPU, which would copy the cache to change it, there and back."""
+    rows_B1 = torch.arange(len(slots_BC))[:, None]
+    for cache, layers in ((keys_BLWND, keys_LBCND), (values_BLWND, values_LBCND)):
+        for layer, new_BCND in enumerate(layers):
+            cache[rows_B1, layer, slots_BC] = new_BCND.to(cache.dtype)
