@@ -98,7 +98,7 @@ class ThroughputConfig:
         context_envs: rows of these, and of the rollouts of ``early`` and ``late``.
         ground_truth: which ground truths to run, ``ours`` with the renderer of this package, ``plain`` robosuite's.
         processes: of the ground truth; None takes one for each core in use.
-        seconds: how long each ground-truth process is timed.
+        seconds: how long each ground-truth process is timed, before the learned worlds and again after them.
         clock: ``wall``, or ``cpu`` for a shared machine.
         device: where the learned world runs.
         threads: torch threads; None leaves torch's choice.
@@ -152,7 +152,7 @@ class LearnedRow:
 
 @dataclass(frozen=True)
 class GroundTruthRow:
-    """Steps a second of all processes of the ground truth together, with images."""
+    """Steps a second of all processes of the ground truth together, with images; the mean of several times."""
 
     renderer: Renderer
     processes: int
@@ -372,7 +372,7 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     size, device = _checkpoint(config, "float32").tokenizer.image_size[0], torch.device(config.device)
-    truth = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]
+    truth = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]  # before, and again after
     begin, learned = time.perf_counter(), list[LearnedRow]()
     with torch.inference_mode(), tensor_float32(False):
         growth = _growth(config)
@@ -388,7 +388,15 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
         gc.collect()  # rollouts of many environments are gigabytes
         paths = _written(config, size, learned, truth, growth)
         print(_learned_table(learned, config.chunk, 0.0).splitlines()[-1], flush=True)
-    return paths
+    after = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]
+    truth = [_joined(*rows) for rows in zip(truth, after, strict=True)]
+    return _written(config, size, learned, truth, growth)
+
+
+def _joined(before: GroundTruthRow, after: GroundTruthRow) -> GroundTruthRow:
+    """The same ground truth at two times, between which the machine may have become faster or slower."""
+    mean = (before.steps_per_second + after.steps_per_second) / 2
+    return dataclasses.replace(before, steps_per_second=mean, steps=before.steps + after.steps)
 
 
 def _written(
