@@ -376,7 +376,7 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
     begin, learned = time.perf_counter(), list[LearnedRow]()
     with torch.inference_mode(), tensor_float32(False):
         growth = _growth(config)
-    paths = _written(config, size, learned, truth, growth)
+    _written(config, size, learned, truth, growth)
     for kinds in _kinds(config):
         if config.limit_s is not None and time.perf_counter() - begin > config.limit_s:
             print(f"{kinds}: left out, {config.limit_s:.0f} seconds are over")
@@ -386,7 +386,7 @@ def throughput(config: ThroughputConfig) -> tuple[Path, Path]:
         except torch.cuda.OutOfMemoryError:
             print(f"{kinds}: does not fit into the memory of {device}")
         gc.collect()  # rollouts of many environments are gigabytes
-        paths = _written(config, size, learned, truth, growth)
+        _written(config, size, learned, truth, growth)
         print(_learned_table(learned, config.chunk, 0.0).splitlines()[-1], flush=True)
     after = [_ground_truth(config, renderer, size) for renderer in config.ground_truth]
     truth = [_joined(*rows) for rows in zip(truth, after, strict=True)]

@@ -156,7 +156,7 @@ class Int8Linear(nn.Linear, _Reader, FusedGelu):
         rows = (x if x.dtype == torch.uint8 else self.on_grid(x)).reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
             number, reader = self.get_buffer("_number"), None if into is None else into.get_buffer("_number")
-            y = _linear_by_number(rows, number, reader, self.out_features, after, algorithm)
+            y = torch.ops.hma_gym.linear_int8(rows, number, reader, self.out_features, after, algorithm)
         else:
             y = _linear(rows, self.integers, None if into is None else into.integers, after, algorithm)
         return y.view(*x.shape[:-1], self.out_features)
@@ -191,7 +191,9 @@ class Int8Conv2d(nn.Conv2d, _Reader):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if torch.compiler.is_compiling():
             size = [self.out_channels, *self.kernel_size]
-            return _convolution_by_number(pixels, self.get_buffer("_number"), size, stride, padding)
+            number = self.get_buffer("_number")
+            y: Tensor = torch.ops.hma_gym.convolution_int8(pixels, number, size, stride, padding)
+            return y
         return _convolution(pixels, self.integers, stride, padding)
 
 
@@ -214,32 +216,45 @@ def _convolution(pixels: Tensor, own: _Integers, stride: list[int], padding: lis
     return y
 
 
-@torch.library.custom_op("hma_gym::linear_int8", mutates_args=())
+#: Operators for compiled code, which cannot hold packed weights; defined without the wrappers of
+#: ``torch.library.custom_op``, which take longer than many a product.
+_operators = torch.library.Library("hma_gym", "FRAGMENT")
+_operators.define(
+    "linear_int8(Tensor rows, Tensor number, Tensor? into, int outputs, str after, str algorithm) -> Tensor"
+)
+_operators.define("convolution_int8(Tensor pixels, Tensor number, int[] size, int[] stride, int[] padding) -> Tensor")
+
+
 def _linear_by_number(
     rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str
 ) -> Tensor:
-    """For compiled code, which cannot hold packed weights."""
     return _linear(rows, _known[int(number)], None if into is None else _known[int(into)], after, algorithm)
 
 
-@_linear_by_number.register_fake
-def _(rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str) -> Tensor:
+def _linear_as_planned(
+    rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str
+) -> Tensor:
     return rows.new_empty(len(rows), outputs, dtype=torch.float32 if into is None else torch.uint8)
 
 
-@torch.library.custom_op("hma_gym::convolution_int8", mutates_args=())
 def _convolution_by_number(
     pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    """For compiled code, which cannot hold packed weights."""
     return _convolution(pixels, _known[int(number)], stride, padding)
 
 
-@_convolution_by_number.register_fake
-def _(pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]) -> Tensor:
+def _convolution_as_planned(
+    pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
     sides = zip(pixels.shape[2:], size[1:], stride, padding, strict=True)
     shape = (len(pixels), size[0], *((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides))
     return torch.empty(shape, device=pixels.device, dtype=torch.float32, memory_format=torch.channels_last)
+
+
+_operators.impl("linear_int8", _linear_by_number, "CPU")
+_operators.impl("convolution_int8", _convolution_by_number, "CPU")
+torch.library.register_fake("hma_gym::linear_int8", _linear_as_planned, lib=_operators)
+torch.library.register_fake("hma_gym::convolution_int8", _convolution_as_planned, lib=_operators)
 
 
 def _kind(layer: nn.Module) -> type[Int8Linear | Int8Conv2d] | None:
