@@ -15,8 +15,8 @@ The discrete models are timed in three ways, each with as many unmasking passes 
 The soft models (MAR) make one frame with a full context in the cache, sampled by the paper's 100 DDIM steps and by the
 few-step head in its place; both with two unmasking passes.
 
-``--ways graphs`` records the steps of the discrete models as CUDA graphs, ``compiled-graphs`` compiles them first (half
-a minute for each batch), ``tuned-graphs`` tries many kernels for them; ``fused-graphs`` records our own kernels, which
+``--ways compiled`` runs the steps of the discrete models through ``torch.compile`` (half a minute for each batch),
+``graphs`` records them as CUDA graphs, ``compiled-graphs`` compiles them first, ``tuned-graphs`` tries many kernels for them; ``fused-graphs`` records our own kernels, which
 ``early-graphs`` begins while the one before ends. ``--precisions`` and ``--reference-precisions``
 choose how products are rounded; the reference as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
 
@@ -74,7 +74,7 @@ from hma_gym.nn.precision import ModuleT, Products, in_precision
 WIDTHS = {"base": 256, "xl": 1024}
 #: The paper's soft models, by their names in :data:`hma_gym.dynamics.sizes.MODELS`.
 SOFT_MODELS = ("mar-base", "mar-xl")
-Way = Literal["eager", "graphs", "compiled-graphs", "tuned-graphs", "fused-graphs", "early-graphs"]
+Way = Literal["eager", "compiled", "graphs", "compiled-graphs", "tuned-graphs", "fused-graphs", "early-graphs"]
 Engine = Literal["cached", "sliding", "same context"]
 DOMAIN = "arm"
 ACTION_SIZE = 7
@@ -92,10 +92,10 @@ class InferenceSpeedConfig:
             PyTorch's where that is not installed).
         precisions: of our matrix products; ``tf32`` is for GPUs, ``int8`` for CPUs.
         reference_precisions: likewise of the reference, whose float32 is what ours is compared with.
-        ways: how our discrete models run; ``eager``, or on a GPU ``graphs``, ``compiled-graphs``, ``tuned-graphs``,
-            ``fused-graphs`` and ``early-graphs``.
+        ways: how our discrete models run; ``eager``, ``compiled``, or on a GPU ``graphs``, ``compiled-graphs``,
+            ``tuned-graphs``, ``fused-graphs`` and ``early-graphs``.
         engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
-        packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
+        packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`), but where they are compiled.
         limit_s: after so many seconds no further measurement begins; None for no limit.
         repeats, warmup: timed calls of each, and calls before.
         each_s: fewer repeats where they would take more seconds, but three; None for no limit.
@@ -194,7 +194,7 @@ def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> 
     return model.requires_grad_(False).to(config.device)
 
 
-def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products) -> ModuleT:
+def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products, way: Way) -> ModuleT:
     """A model in its precision, packed if asked for; integers for what it reads in a frame."""
     positions = config.side**2 + 64
     if products == "int8":
@@ -203,7 +203,7 @@ def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products) 
         model = in_int8(model, ranges, rows=1)
     else:
         model = in_precision(model, "bfloat16" if products == "bfloat16" else "float32")
-    return packed(model, positions * config.batches[0]) if config.packed else model
+    return packed(model, positions * config.batches[0]) if config.packed and way != "compiled" else model
 
 
 def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedState:
@@ -232,7 +232,7 @@ Calls = dict[str, tuple[int, Callable[[], object]]]
 
 def _stepping(model: PublishedModel, way: Way) -> Callable[[PublishedState, Tensor], tuple[PublishedState, Tensor]]:
     """Steps that give up their state."""
-    if way == "eager":
+    if way in ("eager", "compiled"):
         return lambda state, action: model.step(state, action, in_place=True)
     return PublishedGraphs(model).step
 
@@ -374,7 +374,7 @@ def _groups(
     kinds += [(way, products, False) for way in ways for products in config.precisions]
     by_batch: dict[int, list[_Group]] = {batch: [] for batch in config.batches}
     for way, products, reference in kinds:
-        own = model if reference else _prepared(config, model, products)
+        own = model if reference else _prepared(config, model, products, way)
         for batch in config.batches:
 
             def calls(

@@ -46,7 +46,7 @@ def compiled(network: nn.Module) -> nn.Module:
         twin.compile_step()
         return twin
     if isinstance(twin, SoftTokenizer) and not twin.background.is_cuda:
-        compile_methods(twin, ("latents_to_frames",), fullgraph=True)
+        compile_methods(twin, ("latents_to_frames",), fullgraph=False)
         return twin
     for part in twin.modules():
         if isinstance(part, SpaceTimeTransformer):

@@ -41,7 +41,7 @@ from hma_gym.dynamics.masking import masked_after, training_mask, unmask
 from hma_gym.dynamics.pose import Pose, clip_poses, first_pose
 from hma_gym.dynamics.rollout import RolloutState, StepOutput
 from hma_gym.errors import CheckpointError, InvalidAction, InvalidArgument, UnknownName
-from hma_gym.nn.compiling import compile_methods
+from hma_gym.nn.compiling import compile_methods, compiled_apart
 from hma_gym.nn.parameters import ParameterGroup, silence, weight_of
 from hma_gym.nn.transformer import BASE_WIDTH, Cache, SpaceTimeTransformer, TrunkConfig
 
@@ -469,8 +469,7 @@ class Dynamics(nn.Module):
                 "parts instead."
             )
         self._whole_step, self._bodies_step = (
-            torch.compile(function, dynamic=False, fullgraph=True)
-            for function in (Dynamics._step, Dynamics._step_of_bodies)
+            compiled_apart(function, fullgraph=False) for function in (Dynamics._step, Dynamics._step_of_bodies)
         )
 
     def compile_bodies(self) -> None:

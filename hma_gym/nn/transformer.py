@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import gelu_between
 from hma_gym.nn.attention import Implementation, attend, attend_ring, ring_positions, rotary_angles, rotate, window_mask
+from hma_gym.nn.compiling import compiled_apart
 
 ModulationKind = Literal["adaln", "residual", "published"]
 TimePositions = Literal["rotary", "learned"]
@@ -231,9 +232,9 @@ class SpaceTimeTransformer(nn.Module):
             tuned: try many kernels for each product first, those too that do what follows it (a minute, for a GPU).
         """
         mode = "max-autotune-no-cudagraphs" if tuned else None
-        self._extend_block = torch.compile(Block.extend, dynamic=False, fullgraph=True, mode=mode)
+        self._extend_block = compiled_apart(Block.extend, fullgraph=True, mode=mode)
         if next(self.parameters()).is_cuda:
-            self._where = torch.compile(SpaceTimeTransformer.where, dynamic=False, fullgraph=True)
+            self._where = compiled_apart(SpaceTimeTransformer.where, fullgraph=True)
 
     def init_weights(self) -> None:
         """Variance 1/fan-in; matrices that write to the residual stream are smaller by sqrt(2 L)."""

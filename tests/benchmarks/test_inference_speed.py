@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from recorded import replay_on_the_host
 
 from hma_gym.benchmarks._reference import load_reference
@@ -26,6 +28,15 @@ def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
     assert data["rows"][0]["cache_mb"] == 2 * 12 * (4 + 64) * 256 * 4 / 1e6
     assert text.count("| base |") == 6 and "weights packed" in text
     assert {(row["way"], row["precision"]) for row in data["rows"]} == {("eager", "float32")}
+
+
+def test_inference_speed_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = InferenceSpeedConfig(
+        layers=1, side=2, ways=("eager", "compiled"), engines=("cached",), packed=True, repeats=1, out=tmp_path
+    )
+    found = json.loads(inference_speed(config)[0].read_text())["rows"]
+    assert [(row["engine"], row["way"]) for row in found] == [("cached", "eager"), ("cached", "compiled")]
 
 
 @pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
