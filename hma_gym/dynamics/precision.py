@@ -39,8 +39,8 @@ def with_precision(checkpoint: Checkpoint, precision: RolloutPrecision) -> Check
     integers; others, among them all that say where robot and object will be, stay in float32.
 
     Raises:
-        InvalidArgument: another precision, a checkpoint that has one already, or ``int8`` on a machine without fast
-            products of integers.
+        InvalidArgument: another precision, a checkpoint that has one already, or was packed or compiled, or ``int8``
+            on a machine without fast products of integers.
     """
     if precision not in get_args(RolloutPrecision):
         choices = ", ".join(repr(name) for name in get_args(RolloutPrecision))
@@ -50,6 +50,12 @@ def with_precision(checkpoint: Checkpoint, precision: RolloutPrecision) -> Check
             f"checkpoint {checkpoint.name!r} was put into {checkpoint.provenance['precision']!r} before; load it again "
             f"to put it into {precision!r}."
         )
+    for done in ("packed", "compiled"):
+        if done in checkpoint.provenance:
+            raise InvalidArgument(
+                f"checkpoint {checkpoint.name!r} is {done} already, and its precision must be chosen before: load it "
+                f"again and put it into {precision!r} first."
+            )
     if precision == "int8":
         return _in_int8(checkpoint)
     return dataclasses.replace(
