@@ -16,9 +16,10 @@ The soft models (MAR) make one frame with a full context in the cache, sampled b
 few-step head in its place; both with two unmasking passes.
 
 ``--ways compiled`` runs the steps of the discrete models through ``torch.compile`` (half a minute for each batch),
-``graphs`` records them as CUDA graphs, ``compiled-graphs`` compiles them first, ``tuned-graphs`` tries many kernels for them; ``fused-graphs`` records our own kernels, which
-``early-graphs`` begins while the one before ends. ``--precisions`` and ``--reference-precisions``
-choose how products are rounded; the reference as it comes is ``float32``, in ``bfloat16`` it runs under autocast.
+``graphs`` records them as CUDA graphs, ``compiled-graphs`` compiles them first, ``tuned-graphs`` tries many kernels for
+them; ``fused-graphs`` records our own kernels, which ``early-graphs`` begins while the one before ends.
+``--precisions`` and ``--reference-precisions`` choose how products are rounded; the reference as it comes is
+``float32``, in ``bfloat16`` it runs under autocast.
 
 XL on one CPU core takes a minute a frame with the reference; ``--repeats 1`` there. Writes
 ``<out>/inference_speed.json`` and ``.md``, anew after each measurement.

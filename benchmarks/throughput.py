@@ -3,9 +3,9 @@
     hma-gym bench throughput
 
 - ``learned``: ``make_vec`` of the learned task with every frame decoded and judged, and with 8-step chunks of which the
-  last frame is; the same in bfloat16 and in 8-bit integers (``--precisions float32 bfloat16 int8``), with packed weights, through
-  ``torch.compile`` or as CUDA graphs (``--ways eager packed compiled graphs``), and with the judge that reads tokens
-  (``--judge feature``);
+  last frame is; the same in bfloat16 and in 8-bit integers (``--precisions float32 bfloat16 int8``), with packed
+  weights, through ``torch.compile`` or as CUDA graphs (``--ways eager packed compiled graphs``), and with the judge
+  that reads tokens (``--judge feature``);
 - ``ground truth``: the same task in MuJoCo with images, one process a core, each stepping as fast as it can, resets
   included; and robosuite's own image path (``plain``), at the same image size;
 - how a step's cost grows with the rollout's length and with the model's context; on a GPU also its memory.
