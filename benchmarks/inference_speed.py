@@ -69,7 +69,8 @@ from hma_gym.errors import InvalidArgument, UnknownName
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.nn.int8 import in_int8, input_ranges
 from hma_gym.nn.packed import packed
-from hma_gym.nn.precision import ModuleT, Products, in_precision
+from hma_gym.nn.precision import Products, in_precision
+from hma_gym.nn.replacing import ModuleT
 
 #: Widths of the paper's discrete models; 32 layers, 8 heads, 12 frames each.
 WIDTHS = {"base": 256, "xl": 1024}

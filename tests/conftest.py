@@ -1,8 +1,8 @@
 """What every test shares: a headless OpenGL, one thread per worker, and the rules for skipping.
 
-A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device. Tests with another
-marker are skipped, with the reason, on a machine that lacks what they need; under ``CI=true`` they fail instead, so
-that continuous integration cannot lose them silently.
+A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device, ``int8`` tests where
+the processor has no instructions for them. Tests with another marker are skipped, with the reason, on a machine that
+lacks what they need; under ``CI=true`` they fail instead, so that continuous integration cannot lose them silently.
 """
 
 from __future__ import annotations
@@ -73,12 +73,22 @@ def _lacks_compiler() -> str:
     return lacks_compiler()
 
 
+def _lacks_int8() -> str:
+    from hma_gym.nn.int8 import lacks_int8
+
+    return lacks_int8()
+
+
+#: What no installation can bring.
+HARDWARE = ("gpu", "int8")
+
 REQUIREMENTS = {
     "gl": _lacks_gl,
     "robomimic": _lacks_robomimic,
     "browser": _lacks_browser,
     "gpu": _lacks_gpu,
     "compiler": _lacks_compiler,
+    "int8": _lacks_int8,
 }
 
 
@@ -89,7 +99,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if item.get_closest_marker(marker) is None:
             continue
         reason = lacks()
-        if reason and marker != "gpu" and os.environ.get("CI") == "true":
+        if reason and marker not in HARDWARE and os.environ.get("CI") == "true":
             pytest.fail(f"needed under CI=true: {reason}", pytrace=False)
         if reason:
             pytest.skip(reason)

@@ -18,10 +18,10 @@ from torch import nn
 
 from hma_gym.dynamics.checkpoint import Checkpoint
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.int8 import in_int8, input_ranges
-from hma_gym.nn.precision import in_precision
+from hma_gym.nn.int8 import check_int8, in_int8, input_ranges
+from hma_gym.nn.precision import Precision, in_precision
 
-RolloutPrecision = Literal["float32", "bfloat16", "int8"]
+RolloutPrecision = Literal[Precision, "int8"]
 
 #: Rollouts, and frames of each, that say what integers must hold.
 SEEN_ROLLOUTS, SEEN_FRAMES = 32, 24
@@ -70,7 +70,7 @@ def with_precision(checkpoint: Checkpoint, precision: RolloutPrecision) -> Check
 
 def _in_int8(checkpoint: Checkpoint) -> Checkpoint:
     tokenizer, dynamics, judge = checkpoint.tokenizer, checkpoint.dynamics, checkpoint.judge
-    in_int8(dynamics, {})  # raises where this machine cannot, before the rollouts
+    check_int8(dynamics)  # before the rollouts
     with input_ranges(tokenizer) as read, input_ranges(dynamics) as stepped, input_ranges(judge or nn.Module()) as saw:
         for index in range(len(dynamics.domains)):
             _roll_out(checkpoint, index)

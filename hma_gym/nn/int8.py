@@ -15,12 +15,11 @@ Affine quantisation of inputs and symmetric one of weights as in Jacob et al. 20
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -28,8 +27,7 @@ from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import FusedGelu
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from hma_gym.nn.replacing import ModuleT, with_layers
 
 #: Ranges are so much wider than what was seen.
 WIDER = 1.1
@@ -117,10 +115,10 @@ class _Reader(nn.Module):
 
     def _own(self, integers: _Integers) -> None:
         self.integers = integers
-        for name, value in (("number", integers.number), ("inverse", 1.0 / integers.scale), ("zero", integers.zero)):
-            # As tensors, so that code compiled for one layer serves others of its shape.
-            kind = torch.int64 if name == "number" else torch.float32
-            self.register_buffer(f"_{name}", torch.tensor(value, dtype=kind), persistent=False)
+        # As tensors, so that code compiled for one layer serves others of its shape.
+        self.register_buffer("_number", torch.tensor(integers.number), persistent=False)
+        self.register_buffer("_inverse", torch.tensor(1.0 / integers.scale), persistent=False)
+        self.register_buffer("_zero", torch.tensor(float(integers.zero)), persistent=False)
 
     def on_grid(self, x: Tensor) -> Tensor:
         """float32 as the integers that the layer reads, uint8."""
@@ -276,6 +274,17 @@ def lacks_int8() -> str:
     return ""
 
 
+def check_int8(module: nn.Module) -> None:
+    """Raises InvalidArgument for weights that are not float32 on a CPU, or a machine without such products."""
+    kinds = sorted({f"{p.dtype} on {p.device.type}" for p in module.parameters()})
+    reason = lacks_int8()
+    if kinds != ["torch.float32 on cpu"] or reason:
+        raise InvalidArgument(
+            "products of integers need float32 weights on a CPU with VNNI and a PyTorch with oneDNN, got weights of "
+            f"{kinds}{'; ' + reason if reason else ''}; choose another precision."
+        )
+
+
 def in_int8(module: ModuleT, ranges: Mapping[str, InputRange], rows: int = 0) -> ModuleT:
     """A copy of a float32 module, with weights of its own, whose products are of integers. For inference on a CPU.
 
@@ -285,19 +294,12 @@ def in_int8(module: ModuleT, ranges: Mapping[str, InputRange], rows: int = 0) ->
         rows: layers that were seen to read no more rows than this at once stay as they are.
 
     Raises:
-        InvalidArgument: weights that are not float32 on a CPU, or a machine without such products.
+        InvalidArgument: see :func:`check_int8`.
     """
-    kinds = sorted({f"{p.dtype} on {p.device.type}" for p in module.parameters()})
-    reason = lacks_int8()
-    if kinds != ["torch.float32 on cpu"] or reason:
-        raise InvalidArgument(
-            "products of integers need float32 weights on a CPU with VNNI and a PyTorch with oneDNN, got weights of "
-            f"{kinds}{'; ' + reason if reason else ''}; choose another precision."
-        )
-    twin = copy.deepcopy(module).requires_grad_(False)
-    for name, layer in list(twin.named_modules()):
+    check_int8(module)
+
+    def rounded(name: str, layer: Any) -> nn.Module | None:
         kind, seen = _kind(layer), ranges.get(name, InputRange())
-        if kind is not None and seen.rows > rows and seen.high > seen.low:
-            owner, _, own = name.rpartition(".")
-            setattr(twin.get_submodule(owner), own, kind(layer, seen))
-    return twin
+        return kind(layer, seen) if kind is not None and seen.rows > rows and seen.high > seen.low else None
+
+    return with_layers(module, rounded)

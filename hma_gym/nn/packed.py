@@ -6,16 +6,12 @@ rows that is worth a tenth of a product, for few (one environment) a third; resu
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
-
 import torch
 from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import FusedGelu
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from hma_gym.nn.replacing import ModuleT, with_layers
 
 
 class PackedLinear(nn.Linear, FusedGelu):
@@ -62,9 +58,10 @@ def packed(module: ModuleT, rows: int) -> ModuleT:
             "packed weights need weights on the CPU and a PyTorch with oneDNN, got weights on "
             f"{devices} and {'oneDNN' if onednn else 'no oneDNN'}; leave them as they are."
         )
-    twin = copy.deepcopy(module).requires_grad_(False)
-    for owner in list(twin.modules()):
-        for name, layer in list(owner.named_children()):
-            if isinstance(layer, nn.Linear) and not isinstance(layer, FusedGelu):
-                setattr(owner, name, PackedLinear(layer, rows))
-    return twin
+
+    def pack(name: str, layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, nn.Linear) and not isinstance(layer, FusedGelu):
+            return PackedLinear(layer, rows)
+        return None
+
+    return with_layers(module, pack)

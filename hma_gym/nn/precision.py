@@ -8,24 +8,22 @@ rollout than one in float32.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
+from hma_gym.nn.replacing import ModuleT, with_layers
 
 Precision = Literal["float32", "bfloat16"]
 
 #: How products of float32 networks are rounded, too: ``tf32`` is float32 with inputs of products cut to 10 bits,
 #: ``int8`` is :mod:`hma_gym.nn.int8`.
 Products = Literal["float32", "tf32", "bfloat16", "int8"]
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -97,10 +95,4 @@ def in_precision(module: ModuleT, precision: Precision) -> ModuleT:
         raise InvalidArgument(f"precision must be 'float32' or 'bfloat16', got {precision!r}.")
     if precision == "float32":
         return module
-    lowered = copy.deepcopy(module)
-    for owner in list(lowered.modules()):
-        for name, layer in list(owner.named_children()):
-            low = _lower(layer)
-            if low is not None:
-                setattr(owner, name, low)
-    return lowered.requires_grad_(False)
+    return with_layers(module, lambda name, layer: _lower(layer))

@@ -295,8 +295,8 @@ class SpaceTimeTransformer(nn.Module):
             if commit and (x_BTND.is_cuda or torch.compiler.is_compiling()):
                 later.append((k[:, new], v[:, new]))
             elif commit:
-                keys[rows, layer, slots] = k[:, new].to(keys.dtype)
-                values[rows, layer, slots] = v[:, new].to(values.dtype)
+                _commit_layer(keys, layer, k[:, new], rows, slots)
+                _commit_layer(values, layer, v[:, new], rows, slots)
         if later and x_BTND.is_cuda:  # all layers at once: two launches for all of them
             commit_layers((keys, values), later, slots)
         elif later:
@@ -326,12 +326,17 @@ def commit_layers(cache_BLWND: tuple[Tensor, Tensor], new_LBCND: list[tuple[Tens
         kept.transpose(1, 2)[rows_B1, slots_BC] = torch.stack(new, dim=2).to(kept.dtype)
 
 
+def _commit_layer(cache_BLWND: Tensor, layer: int, new_BCND: Tensor, rows_B1: Tensor, slots_BC: Tensor) -> None:
+    """Write the new keys or values of one layer into their slots, in place."""
+    cache_BLWND[rows_B1, layer, slots_BC] = new_BCND.to(cache_BLWND.dtype)
+
+
 @torch.library.custom_op("hma_gym::commit_layers", mutates_args=("keys_BLWND", "values_BLWND"))
 def _commit_in_place(
     keys_BLWND: Tensor, values_BLWND: Tensor, keys_LBCND: list[Tensor], values_LBCND: list[Tensor], slots_BC: Tensor
 ) -> None:
-    """The same inside compiled code for a CPU, which would copy the cache to change it, there and back."""
+    """As :func:`commit_layers` inside code compiled for a CPU, which would copy the cache to change it, and back."""
     rows_B1 = torch.arange(len(slots_BC))[:, None]
     for cache, layers in ((keys_BLWND, keys_LBCND), (values_BLWND, values_LBCND)):
         for layer, new_BCND in enumerate(layers):
-            cache[rows_B1, layer, slots_BC] = new_BCND.to(cache.dtype)
+            _commit_layer(cache, layer, new_BCND, rows_B1, slots_BC)

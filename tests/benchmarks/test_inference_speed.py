@@ -14,7 +14,6 @@ from recorded import replay_on_the_host
 from hma_gym.benchmarks._reference import load_reference
 from hma_gym.benchmarks.inference_speed import InferenceSpeedConfig, inference_speed
 from hma_gym.errors import InvalidArgument, UnknownName
-from hma_gym.nn.int8 import lacks_int8
 
 
 def test_inference_speed_compares_the_ways(tmp_path: Path) -> None:
@@ -39,7 +38,7 @@ def test_inference_speed_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [(row["engine"], row["way"]) for row in found] == [("cached", "eager"), ("cached", "compiled")]
 
 
-@pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
+@pytest.mark.int8
 @pytest.mark.parametrize(("model", "rows"), [("base", 3), ("mar-base", 2)])
 def test_inference_speed_in_integers(model: str, rows: int, tmp_path: Path) -> None:
     config = InferenceSpeedConfig(

@@ -11,10 +11,9 @@ from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.precision import RolloutPrecision, with_precision
 from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.int8 import Int8Conv2d, Int8Linear, lacks_int8
+from hma_gym.nn.int8 import Int8Conv2d, Int8Linear
 from hma_gym.nn.precision import LowConv2d, LowLinear
 
-NEEDS_INT8 = pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
 LOWER: list[tuple[RolloutPrecision, set[type[nn.Module]], float, float]] = [
     ("bfloat16", {LowLinear, LowConv2d}, 1.0, 0.2),
     ("int8", {Int8Linear, Int8Conv2d}, 4.0, 0.4),
@@ -23,7 +22,7 @@ LOWER: list[tuple[RolloutPrecision, set[type[nn.Module]], float, float]] = [
 
 @pytest.mark.parametrize(
     ("precision", "layers", "near", "share"),
-    [pytest.param(*case, marks=NEEDS_INT8 if case[0] == "int8" else ()) for case in LOWER],
+    [pytest.param(*case, marks=pytest.mark.int8 if case[0] == "int8" else ()) for case in LOWER],
 )
 def test_a_lower_precision_is_reported_and_shows_nearly_the_same_frames(
     toy: Checkpoint, precision: RolloutPrecision, layers: set[type[nn.Module]], near: float, share: float
@@ -45,7 +44,7 @@ def test_a_lower_precision_is_reported_and_shows_nearly_the_same_frames(
     assert float(difference.mean()) < share * float(moved)
 
 
-@NEEDS_INT8
+@pytest.mark.int8
 def test_lift_in_integers_is_lift() -> None:
     lift, shown = load_checkpoint("lift-64"), []
     for checkpoint in (lift, with_precision(lift, "int8")):
@@ -57,7 +56,7 @@ def test_lift_in_integers_is_lift() -> None:
     assert float(decibel.min()) > 42.0
 
 
-@NEEDS_INT8
+@pytest.mark.int8
 def test_integers_leave_the_random_numbers_and_the_judge_of_the_bodies_alone(toy: Checkpoint) -> None:
     before = torch.get_rng_state()
     fast = with_precision(toy, "int8")
@@ -67,7 +66,7 @@ def test_integers_leave_the_random_numbers_and_the_judge_of_the_bodies_alone(toy
     assert not any(m._forward_pre_hooks for part in (toy.dynamics, toy.tokenizer) for m in part.modules())
 
 
-@NEEDS_INT8
+@pytest.mark.int8
 def test_a_rollout_in_integers_does_not_depend_on_those_beside_it(toy: Checkpoint) -> None:
     fast, shown = with_precision(toy, "int8"), []
     for other in (-1.0, 1.0):

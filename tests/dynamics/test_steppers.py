@@ -27,13 +27,11 @@ from hma_gym.envs.vector import HMAVectorEnv
 from hma_gym.envs.world import LearnedWorld
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import gelu
-from hma_gym.nn.int8 import lacks_int8
 from hma_gym.nn.packed import PackedLinear, packed
 from hma_gym.nn.precision import Precision, in_precision
 from hma_gym.nn.transformer import SpaceTimeTransformer, TrunkConfig
 
 N = 2
-NEEDS_INT8 = pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
 
 
 def _steps(checkpoint: Checkpoint, stepper: Stepper, count: int = 7) -> list[tuple[RolloutState, StepOutput]]:
@@ -96,7 +94,7 @@ def _kinds() -> dict[str, Callable[[Checkpoint], Checkpoint]]:
         ("soft", 1),
         ("in place, two passes", 1),
         ("discrete", 1),
-        pytest.param("integers", 1, marks=NEEDS_INT8),
+        pytest.param("integers", 1, marks=pytest.mark.int8),
         ("many noise steps", 5),
         ("two domains", 5),
     ],

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import gelu_between
-from hma_gym.nn.int8 import WIDER, InputRange, Int8Conv2d, Int8Linear, in_int8, input_ranges, lacks_int8
+from hma_gym.nn.int8 import WIDER, InputRange, Int8Conv2d, Int8Linear, in_int8, input_ranges
 from hma_gym.nn.packed import PackedLinear, packed
 
-pytestmark = pytest.mark.skipif(bool(lacks_int8()), reason=lacks_int8() or "has products of integers")
+pytestmark = pytest.mark.int8
 
 LOW, HIGH = -2.0, 3.0
 
@@ -34,6 +34,23 @@ def rounded_weight(weight: Tensor) -> Tensor:
     return (weight.double() / scale).round() * scale
 
 
+def clear_of_halves(integers: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers near integers, so that no float's last bit decides to which of two they are rounded."""
+    return integers + 0.8 * torch.rand(integers.shape, generator=generator) - 0.4
+
+
+def inputs(*shape: int, generator: torch.Generator) -> Tensor:
+    """Some of them are beyond the range, and cut."""
+    steps = torch.randint(-160, 220, shape, generator=generator)
+    return clear_of_halves(steps, generator) * (WIDER * (HIGH - LOW) / 255)
+
+
+def set_weights(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    steps = clear_of_halves(torch.randint(-126, 127, layer.weight.shape, generator=generator), generator)
+    steps.flatten(1)[:, 0] = 127.0
+    layer.weight.data = 0.001 * steps
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -43,7 +60,8 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_multiplies_what_8_bits_keep(rows: int, bias: bool, generator: torch.Generator) -> None:
     layer = nn.Linear(96, 40, bias=bias)
-    x = torch.randn(2, rows, 96, generator=generator) * 2  # some of it is beyond the range, and cut
+    set_weights(layer, generator)
+    x = inputs(2, rows, 96, generator=generator)
     with torch.inference_mode():
         said = Int8Linear(layer, InputRange(LOW, HIGH, rows))(x)
     expected = F.linear(
@@ -60,7 +78,8 @@ def test_a_convolution_multiplies_what_8_bits_keep(
     kernel: int, stride: int, padding: int, layout: torch.memory_format, generator: torch.Generator
 ) -> None:
     layer = nn.Conv2d(24, 20, kernel, stride, padding)
-    x = torch.randn(3, 24, 16, 12, generator=generator).to(memory_format=layout)
+    set_weights(layer, generator)
+    x = inputs(3, 24, 16, 12, generator=generator).to(memory_format=layout)
     with torch.inference_mode():
         said = Int8Conv2d(layer, InputRange(LOW, HIGH, 1))(x)
     assert layer.bias is not None
