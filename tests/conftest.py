@@ -1,8 +1,9 @@
 """What every test shares: a headless OpenGL, one thread per worker, and the rules for skipping.
 
-A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device, ``int8`` tests where
-the processor has no instructions for them. Tests with another marker are skipped, with the reason, on a machine that
-lacks what they need; under ``CI=true`` they fail instead, so that continuous integration cannot lose them silently.
+A test says what it needs with a marker. ``gpu`` tests are skipped where there is no CUDA device, ``interpreted`` tests
+where there is one, ``int8`` tests where the processor has no instructions for them. Tests with another marker are
+skipped, with the reason, on a machine that lacks what they need; under ``CI=true`` they fail instead, so that
+continuous integration cannot lose them silently.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ def _lacks_gpu() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
+def _lacks_interpreter() -> str:
+    return "our GPU kernels are compiled here, not interpreted" if torch.cuda.is_available() else ""
+
+
 def _lacks_compiler() -> str:
     from hma_gym.dynamics.compiled import lacks_compiler
 
@@ -80,13 +85,14 @@ def _lacks_int8() -> str:
 
 
 #: What no installation can bring.
-HARDWARE = ("gpu", "int8")
+HARDWARE = ("gpu", "interpreted", "int8")
 
 REQUIREMENTS = {
     "gl": _lacks_gl,
     "robomimic": _lacks_robomimic,
     "browser": _lacks_browser,
     "gpu": _lacks_gpu,
+    "interpreted": _lacks_interpreter,
     "compiler": _lacks_compiler,
     "int8": _lacks_int8,
 }

@@ -173,8 +173,10 @@ class ModulationBank(nn.Module):
         if self.hidden is None or self.hidden_bias is None:
             y = F.silu(action_BTD) @ self.out[0]
         else:
-            hidden = F.silu(torch.einsum("btd,lde->btle", action_BTD, self.hidden) + self.hidden_bias)
-            y = torch.einsum("btle,lef->btlf", hidden, self.out).flatten(2)
+            # a batch of products, one a layer: einsum would copy the weights first
+            B, T, D = action_BTD.shape
+            hidden = F.silu(torch.matmul(action_BTD.reshape(B * T, D), self.hidden) + self.hidden_bias[:, None])
+            y = torch.matmul(hidden, self.out).transpose(0, 1).reshape(B, T, -1)
         modulation: Tensor = (y + self.bias).unflatten(-1, self.shape)
         return modulation
 

@@ -170,6 +170,11 @@ class PublishedModel(nn.Module):
         embedded = self.stem(action_BTA)
         return embedded, self.modulation(embedded)
 
+    def _told_steps(self, action_BTA: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`_told`, for the trunk's ``extend``: where that is fused, in a form that it alone reads, with the
+        same first dims."""
+        return self._told(action_BTA)
+
     def _filled(
         self,
         features_BND: Tensor,
@@ -213,6 +218,7 @@ class PublishedModel(nn.Module):
         fused = FusedStep(self, early)
         for owner, name, method in (
             (self, "_embed", fused.embed),
+            (self, "_told_steps", fused.told),
             (self, "_filled", fused.filled),
             (self.trunk, "extend", fused.extend),
         ):
@@ -264,7 +270,7 @@ class PublishedModel(nn.Module):
         """As :meth:`step`, but the new frame is given: a prompt of several frames."""
         state = self._with_room(state, in_place)
         action = self.checked(state, action_BA)
-        embedded, modulation = self._told(action[:, None])
+        embedded, modulation = self._told_steps(action[:, None])
         clean = torch.zeros(len(state), 1, self.head.positions, dtype=torch.bool, device=action.device)
         x = self._embed(state.tokens_BS[:, None], clean, embedded, state.cache.step_B)
         _, cache = self.trunk.extend(x, modulation, state.cache, 1, in_place)
@@ -291,7 +297,7 @@ class PublishedModel(nn.Module):
         """As :meth:`step`, of a normalised action; ``step_B`` is the state's step, on the device."""
         state = self._with_room(state, in_place)
         B, N, before = len(state), self.head.positions, state.tokens_BS
-        embedded, modulation = self._told(action_BA[:, None])
+        embedded, modulation = self._told_steps(action_BA[:, None])
         tokens = torch.zeros_like(before)
         masked = torch.ones(B, N, dtype=torch.bool, device=tokens.device)
         x, cache = self.trunk.extend(
@@ -341,7 +347,7 @@ class PublishedModel(nn.Module):
             cache = self.trunk.new_cache(len(state), self.positions, state.seed_B.device, state.cache.keys_BLWND.dtype)
         if keep > 1:
             tokens, action = state.tokens_BWS[:, -keep:-1], state.actions_BWA[:, -keep:-1]
-            embedded, modulation = self._told(action.to(self.position_embedding.dtype))
+            embedded, modulation = self._told_steps(action.to(self.position_embedding.dtype))
             clean = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             _, cache = self.trunk.extend(
                 self._embed(tokens, clean, embedded, None),

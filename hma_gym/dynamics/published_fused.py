@@ -13,8 +13,8 @@ from torch import Tensor
 from hma_gym.dynamics.heads import Draw
 from hma_gym.dynamics.masking import masked_after
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.fused import Launcher, extend
-from hma_gym.nn.transformer import Cache
+from hma_gym.nn.fused import Affine, BlockWeights, Launcher, extend, modulated
+from hma_gym.nn.transformer import Cache, PublishedBlock
 
 if TYPE_CHECKING:
     from hma_gym.dynamics.published import PublishedModel
@@ -44,6 +44,9 @@ class FusedStep:
         self._model = model
         self._launcher = Launcher(model.position_embedding.device, early)
         self._tables_VFD = torch.stack([weight.detach() for weight in head.current_in.tables.parameters()])
+        blocks = [block for block in model.trunk.blocks if isinstance(block, PublishedBlock)]
+        self._blocks, self._modulated = [BlockWeights.of(block) for block in blocks], modulated(blocks)
+        self._logits_out = Affine.of(head.logits_out)
 
     def embed(self, tokens_BTS: Tensor, masked_BTN: Tensor, action_BTD: Tensor, first_B: Tensor | None) -> Tensor:
         """As :meth:`PublishedModel._embed`."""
@@ -54,11 +57,17 @@ class FusedStep:
         tables = self._tables_VFD
         return self._launcher.embed(tokens_BTS, masked_BTN, tables, mask_D, action_BTD, position_WMD, first_B)
 
+    def told(self, action_BTA: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`PublishedModel._told_steps`: (B, T, D), and layers with the action in their weights, made once for
+        all passes of a frame, (B, T, L, 1, X)."""
+        embedded, modulation_BTLMD = self._model._told(action_BTA)
+        return embedded, self._launcher.modulate(self._modulated, modulation_BTLMD)
+
     def extend(
-        self, x_BTND: Tensor, modulation_BTLMD: Tensor, cache: Cache, commit: int, in_place: bool = False
+        self, x_BTND: Tensor, told_BTL1X: Tensor, cache: Cache, commit: int, in_place: bool = False
     ) -> tuple[Tensor, Cache]:
-        """As :meth:`hma_gym.nn.transformer.SpaceTimeTransformer.extend`."""
-        return extend(self._launcher, self._model.trunk, x_BTND, modulation_BTLMD, cache, commit, in_place)
+        """As :meth:`hma_gym.nn.transformer.SpaceTimeTransformer.extend`, of what was :meth:`told`."""
+        return extend(self._launcher, self._blocks, self._modulated, x_BTND, told_BTL1X, cache, commit, in_place)
 
     def filled(
         self,
@@ -70,7 +79,7 @@ class FusedStep:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As :meth:`PublishedModel._filled`."""
         model = self._model
-        logits = self._launcher.linear(model.head.logits_out, features_BND.contiguous()[:, None])[:, 0]
+        logits = self._launcher.linear(self._logits_out, features_BND.contiguous()[:, None])[:, 0]
         left = masked_after(index, model.config.decode_steps, model.head.positions)
         split = logits.unflatten(-1, self._tables_VFD.shape[:2])
         tokens, masked = self._launcher.unmask(split, *now, *draw, Draw(*draw, index).order().stream, left)

@@ -1,14 +1,10 @@
-"""Rollouts of the published models by a few GPU kernels: nine a layer in place of some thirty operations.
+"""Rollouts of the published models by a few GPU kernels: eight a layer in place of some thirty operations.
 
 The frames of one rollout are too little work for a GPU: it waits for kernels to begin and to end. The kernels here
 (:mod:`hma_gym.nn.kernels`, written in Triton, which PyTorch for GPUs brings along) do what :class:`PublishedBlock` and
 the discrete head do, to float rounding: products, and what they read, in the precision of the weights (float32, TF32
 where PyTorch allows it, bfloat16) with sums in float32, everything else in float32. Together with CUDA graphs, which
 spare the host the launches, that is for small batches; large ones gain less.
-
-Sizes of tiles are chosen so that a product has not many fewer tiles than the GPU has processors: of those that were
-timed on an H200 (132 processors) for products of 640 rows, tiles of 64 x 32, 64 x 64 and 64 x 128 were the fastest for
-256, 768 and 1024 columns, which are 80, 120 and 80 of them. Smaller ones read the same rows and weights more often.
 
 Shape legend: as :mod:`hma_gym.nn.transformer`; S tokens of a frame, V factors of their vocabulary, M positions of a
 frame with those of its action.
@@ -17,6 +13,7 @@ frame with those of its action.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,31 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.transformer import Cache, PublishedBlock, SpaceTimeTransformer
-
-#: Tiles for each of a GPU's processors that are enough, see above.
-_BUSY = 0.6
+from hma_gym.nn.tiles import (
+    Attention,
+    Product,
+    Ring,
+    attention_tiles,
+    power_of_two,
+    product_tiles,
+    ring_tiles,
+    tiles_of,
+)
+from hma_gym.nn.transformer import Cache, PublishedBlock
 
 #: Processors of an H100 or H200, for which kernels are compiled where there is no GPU.
 _PROCESSORS = 132
 
-#: Bytes of shared memory that a tile may need; any GPU since 2020 has 1 KB more.
-_SHARED = 98 * 1024
-
-#: Heads of tokens that attend over time in one program, at most.
-_GROUP = 16
-
 #: Of a layer norm, where nothing else is said.
 _EPSILON = 1e-5
-
-
-def _power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is not less."""
-    return max(least, 1 << (number - 1).bit_length())
-
-
-def _tiles(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 @dataclass(frozen=True)
@@ -58,27 +47,118 @@ class Rows:
     Attributes:
         x_BTND: float32.
         low_BTND: the same in the precision of products.
-        moments_BTNP2: of each part of a row, the mean and the sum of squared deviations from it; or None.
+        moments_BTN2P: the means of all parts of a row, then the sums of squared deviations from these; or None.
         part: columns of each part but the last, which may have fewer.
     """
 
     x_BTND: Tensor
     low_BTND: Tensor
-    moments_BTNP2: Tensor | None = None
+    moments_BTN2P: Tensor | None = None
     part: int = 1
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """What is done to a product's input.
+class Affine:
+    """A linear layer, of all rows, or one for each frame of each row (then there are dims B and T before).
 
     Attributes:
-        epsilon: of a layer norm.
-        modulation_BT2D: shift and scale after it, if any.
+        weight_EK: in the precision of products.
+        bias_E: what is added, if anything.
+        columns_E: the sum of each output's weights, float32, for a norm of the input.
     """
 
-    epsilon: float
-    modulation_BT2D: Tensor | None = None
+    weight_EK: Tensor
+    bias_E: Tensor | None
+    columns_E: Tensor
+
+    @staticmethod
+    def of(layer: nn.Linear) -> Affine:
+        """With the weights of a layer, where they are now."""
+        weight_EK, bias_E = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        return Affine(weight_EK, bias_E, weight_EK.double().sum(1).float())
+
+
+@dataclass(frozen=True)
+class Modulated:
+    """Layers that read a modulated norm, all of a trunk's at once.
+
+    Attributes:
+        weight_LEK, bias_LE: of what is modulated.
+    """
+
+    weight_LEK: Tensor
+    bias_LE: Tensor
+
+    def own(self, told_BTX: Tensor, first: int, last: int) -> Affine:
+        """Outputs ``first`` to ``last`` as a layer of the norm itself, of what :meth:`Launcher.modulate` told."""
+        E, K = self.weight_LEK.shape[1:]
+        weights, vectors = _told_sizes(self.weight_LEK)
+        weight_BTEK = told_BTX[..., :weights].view(self.weight_LEK.dtype).unflatten(-1, (E, K))[:, :, first:last]
+        bias_BTE, columns_BTE = told_BTX[..., weights : weights + vectors].unflatten(-1, (2, E)).unbind(-2)
+        return Affine(weight_BTEK, bias_BTE[..., first:last], columns_BTE[..., first:last])
+
+
+def _told_sizes(weight_LEK: Tensor) -> tuple[int, int]:
+    """How many float32 numbers the weights and the vectors of a layer are."""
+    E, K = weight_LEK.shape[1:]
+    return E * K * weight_LEK.itemsize // 4, 2 * E
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A published block for kernels, but for what is modulated.
+
+    Attributes:
+        space_qkv, space_out: of attention within frames.
+        time_qkv_EK, time_out_EK: weights of attention over time, which are added to others.
+        up, down: of the MLP.
+        heads, scale: of both attentions.
+        mix_epsilon: of the norm that is modulated.
+    """
+
+    space_qkv: Affine
+    space_out: Affine
+    time_qkv_EK: Tensor
+    time_out_EK: Tensor
+    up: Affine
+    down: Affine
+    heads: int
+    scale: float
+    mix_epsilon: float
+
+    @staticmethod
+    def of(block: PublishedBlock) -> BlockWeights:
+        """With a block's weights, where they are now."""
+        return BlockWeights(
+            Affine.of(block.spatial.qkv),
+            Affine.of(block.spatial.out),
+            block.temporal.qkv.weight.detach(),
+            block.temporal.out.weight.detach(),
+            Affine.of(block.up),
+            Affine.of(block.down),
+            block.config.heads,
+            block.scale,
+            block.mix_epsilon,
+        )
+
+
+@torch.no_grad()
+def modulated(blocks: Sequence[PublishedBlock]) -> Modulated:
+    """What published blocks mix into their stream before temporal attention, as part of what reads and what follows it.
+
+    With the modulated norm m of the stream x, temporal attention reads x' = x + mix(m), so qkv(x') = qkv(x) +
+    (qkv mix)(m). And behind it, with what it gives, y, the stream is x' + out(y) = x + mix(m) + out(y). So there are
+    3 D outputs of qkv mix, and D of mix, each with the bias of its sum, and no layer between the two.
+    """
+    weights, biases = [], []
+    for block in blocks:
+        mix, qkv, out = block.mix, block.temporal.qkv, block.temporal.out
+        assert mix is not None
+        through, bias = qkv.weight.double(), mix.bias.double()
+        weights += [(through @ mix.weight.double()).to(qkv.weight.dtype), mix.weight]
+        biases += [through @ bias + (0.0 if qkv.bias is None else qkv.bias.double()), bias + out.bias.double()]
+    L = len(blocks)
+    return Modulated(torch.cat(weights).unflatten(0, (L, -1)), torch.cat(biases).float().unflatten(0, (L, -1)))
 
 
 def check_device(device: torch.device, early: bool, interpreted: bool) -> None:
@@ -112,8 +192,7 @@ class Launcher:
         self._options: dict[str, Any] = {"launch_pdl": True} if early else {}
         self._early = early
         there = device.type == "cuda"
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if there else _PROCESSORS
-        self._enough = _BUSY * processors
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if there else _PROCESSORS
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
@@ -129,71 +208,120 @@ class Launcher:
         D = x_BTND.shape[-1]
         rows = x_BTND.numel() // D
         lowered = x_BTND if low == x_BTND.dtype else torch.empty_like(x_BTND, dtype=low)
-        moments = torch.empty(*x_BTND.shape[:-1], 1, 2, device=x_BTND.device)
+        moments = torch.empty(*x_BTND.shape[:-1], 2, 1, device=x_BTND.device)
         self._launch(
             self._kernels.moments,
-            (_tiles(rows, 8),),
+            (tiles_of(rows, 8),),
             x_BTND,
             lowered,
             moments,
             rows,
             WIDTH=D,
             LOW=lowered is not x_BTND,
-            WIDTH_TILE=_power_of_two(D),
+            WIDTH_TILE=power_of_two(D),
             ROW_TILE=8,
         )
         return Rows(x_BTND, lowered, moments, D)
 
+    def modulate(self, layers: Modulated, modulation_BTL2D: Tensor) -> Tensor:
+        """Modulated layers as layers of what is not modulated, (B, T, L, 1, X) float32: weights (in their own
+        precision) and vectors, as :meth:`Modulated.own` knows them."""
+        B, T = modulation_BTL2D.shape[:2]
+        L, E, K = layers.weight_LEK.shape
+        modulation_BTL2D, size = modulation_BTL2D.contiguous(), max(1, 2048 // power_of_two(K, 16))
+        weights, vectors = _told_sizes(layers.weight_LEK)
+        told = torch.empty(B, T, L, 1, weights + vectors, device=modulation_BTL2D.device)
+        own, apart = told[..., :weights].view(layers.weight_LEK.dtype), told[..., weights:]
+        self._launch(
+            self._kernels.modulate,
+            (tiles_of(E, size), L, B * T),
+            layers.weight_LEK,
+            layers.bias_LE,
+            modulation_BTL2D,
+            own,
+            apart,
+            T,
+            modulation_BTL2D.stride(0),
+            modulation_BTL2D.stride(1),
+            own.stride(1),
+            own.stride(2),
+            apart.stride(1),
+            apart.stride(2),
+            OUT=E,
+            INNER=K,
+            INNER_TILE=power_of_two(K, 16),
+            OUT_TILE=size,
+        )
+        return told
+
     def linear(
         self,
-        layer: nn.Linear,
+        layer: Affine,
         x: Tensor | Rows,
-        norm: _Norm | None = None,
+        epsilon: float | None = None,
+        other: tuple[Tensor | Rows, Tensor] | None = None,
         *,
         gelu: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``; moments for a ``norm``."""
-        return self._linear(layer, x, norm, gelu=gelu, dtype=dtype).x_BTND
+        """A linear layer of B * T * N rows, what comes before and after it, in ``dtype``.
+
+        Args:
+            epsilon: of a layer norm of ``x`` (with moments); None for no norm.
+            other: more rows and the weights of their product, which is added. They are ``x``, as it is without its
+                norm, or what was launched last, and then ``x`` is older.
+        """
+        return self._linear(layer, x, epsilon, other, gelu=gelu, dtype=dtype).x_BTND
 
     def linear_onto(
-        self, layer: nn.Linear, x: Tensor | Rows, onto: Rows, norm: _Norm | None = None, *, moments: bool = True
+        self,
+        layer: Affine,
+        x: Tensor | Rows,
+        onto: Rows,
+        epsilon: float | None = None,
+        other: tuple[Tensor | Rows, Tensor] | None = None,
     ) -> Rows:
         """``onto`` and a linear layer of ``x``; ``onto`` is ``x``, or older than what was launched last."""
-        return self._linear(layer, x, norm, onto=onto, moments=moments)
+        return self._linear(layer, x, epsilon, other, onto=onto)
 
     def _linear(
         self,
-        layer: nn.Linear,
+        layer: Affine,
         x: Tensor | Rows,
-        norm: _Norm | None,
+        epsilon: float | None,
+        other: tuple[Tensor | Rows, Tensor] | None,
         *,
         gelu: bool = False,
         dtype: torch.dtype = torch.float32,
         onto: Rows | None = None,
-        moments: bool = False,
     ) -> Rows:
         given = x if isinstance(x, Rows) else Rows(x, x)
-        low, weight, out = given.low_BTND, layer.weight, len(layer.weight)
-        modulation, told = norm.modulation_BT2D if norm else None, given.moments_BTNP2 if norm else None
+        low, weight, out = given.low_BTND, layer.weight_EK, layer.weight_EK.shape[-2]
+        then, other_low, other_weight = False, low, weight
+        if other is not None:
+            more, other_weight = other
+            then, other_low = more is not x, more.low_BTND if isinstance(more, Rows) else more
+        told = given.moments_BTN2P if epsilon is not None else None
+        own = weight.ndim == 4
         B, T, N, inner = low.shape
-        if modulation is not None and modulation.stride()[2:] != (inner, 1):
-            modulation = modulation.contiguous()
-        sets, rows = (1, B * T * N) if modulation is None else (B * T, N)  # a modulated tile is of one frame
-        sizes = low.itemsize, weight.itemsize
-        tiles = _product_tiles(sets, rows, out, inner, sizes, modulation is not None, self._enough)
-        parts = told.shape[-2] if told is not None else 1
+        sets, rows = (B * T, N) if own else (1, B * T * N)  # a tile with weights of its own is of one frame
+        sizes, precision = (low.itemsize, weight.itemsize), _precision() if weight.itemsize == 4 else ""
+        product = Product(sets, rows, out, inner, *sizes, precision, 1 + then, 2 if other else 1)
+        tiles = product_tiles(product, self._processors)
+        parts = told.shape[-1] if told is not None else 1
         y = torch.empty(B, T, N, out, device=low.device, dtype=dtype)
         lowered = torch.empty_like(onto.low_BTND) if onto and onto.low_BTND is not onto.x_BTND else None
-        made = torch.empty(B, T, N, _tiles(out, tiles.out), 2, device=low.device) if moments else None
+        made = torch.empty(B, T, N, 2, tiles_of(out, tiles.out), device=low.device) if onto else None
         self._launch(
             self._kernels.linear,
-            (sets * _tiles(rows, tiles.rows), _tiles(out, tiles.out)),
+            (sets * tiles_of(rows, tiles.rows), tiles_of(out, tiles.out)),
             low,
             weight,
-            layer.bias if layer.bias is not None else weight,
+            layer.bias_E if layer.bias_E is not None else weight,
+            layer.columns_E,
             told if told is not None else weight,
-            modulation if modulation is not None else weight,
+            other_low,
+            other_weight,
             onto.x_BTND if onto is not None else weight,
             y,
             lowered if lowered is not None else y,
@@ -201,25 +329,29 @@ class Launcher:
             B * T * N,
             N,
             T,
-            *((modulation.stride(0), modulation.stride(1)) if modulation is not None else (0, 0)),
+            *(weight.stride()[:2] if own else (0, 0)),
+            *(layer.columns_E.stride()[:2] if own else (0, 0)),
             OUT=out,
             INNER=inner,
-            NORMALISE=norm is not None,
-            EPSILON=norm.epsilon if norm else 0.0,
+            NORMALISE=epsilon is not None,
+            EPSILON=epsilon or 0.0,
             PARTS=parts,
             PART=given.part,
-            MODULATE=modulation is not None,
-            BIAS=layer.bias is not None,
+            OWN=own,
+            AGAIN=other is not None and not then,
+            THEN=then,
+            BIAS=layer.bias_E is not None,
             GELU=gelu,
             RESIDUAL=onto is not None,
-            OLD_RESIDUAL=onto is not None and onto is not x,
+            OLD_RESIDUAL=onto is not None and (then or onto is not x),
             LOW=lowered is not None,
             MOMENTS=made is not None,
             PRECISION=_precision(),
             ROW_TILE=tiles.rows,
             OUT_TILE=tiles.out,
             INNER_TILE=tiles.inner,
-            WHOLE_TILE=_power_of_two(inner, 16),
+            WHOLE_TILE=power_of_two(inner, 16),
+            PARTS_TILE=power_of_two(parts),
             warps=tiles.warps,
             stages=tiles.stages,
         )
@@ -230,11 +362,11 @@ class Launcher:
         B, T, N, E = qkv_BTNE.shape
         head_dim = E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=qkv_BTNE.dtype)
-        dims = _power_of_two(head_dim, 16)
-        queries, keys, warps = _attention_tiles(B * T * heads, N, dims, qkv_BTNE.itemsize, self._enough)
+        dims = power_of_two(head_dim, 16)
+        tiles = attention_tiles(Attention(B * T * heads, N, dims, qkv_BTNE.itemsize), self._processors)
         self._launch(
             self._kernels.attend_frame,
-            (_tiles(N, queries), B * T * heads),
+            (tiles_of(N, tiles.queries), B * T * heads),
             qkv_BTNE,
             y,
             N,
@@ -243,10 +375,10 @@ class Launcher:
             HEAD_DIM=head_dim,
             DIM_TILE=dims,
             PRECISION=_precision(),
-            QUERY_TILE=queries,
-            KEY_TILE=keys,
-            warps=warps,
-            stages=3 if dims * qkv_BTNE.itemsize <= 256 else 2,
+            QUERY_TILE=tiles.queries,
+            KEY_TILE=tiles.keys,
+            warps=tiles.warps,
+            stages=tiles.stages,
         )
         return y
 
@@ -266,11 +398,10 @@ class Launcher:
         B, T, N, E = qkv_BTNE.shape
         W, head_dim = past_BWND[0].shape[1], E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=dtype)
-        dims = _power_of_two(head_dim, 16)
-        group = max(1, min(_GROUP, 8192 // (dims * max(_power_of_two(W), _power_of_two(T)))))
+        tiles = ring_tiles(Ring(B, N * heads, head_dim, W, T), self._processors)
         self._launch(
             self._kernels.attend_ring,
-            (_tiles(N * heads, group), B),
+            (tiles_of(N * heads, tiles.group), B),
             qkv_BTNE,
             *past_BWND,
             *into_BWND,
@@ -284,11 +415,12 @@ class Launcher:
             HEADS=heads,
             HEAD_DIM=head_dim,
             WINDOW=W,
-            DIM_TILE=dims,
-            WINDOW_TILE=_power_of_two(W),
-            FRAME_TILE=_power_of_two(T),
-            GROUP_TILE=group,
+            DIM_TILE=power_of_two(head_dim, 16),
+            WINDOW_TILE=power_of_two(W),
+            FRAME_TILE=power_of_two(T),
+            GROUP_TILE=tiles.group,
             COMMIT=commit > 0,
+            warps=tiles.warps,
         )
         return y
 
@@ -316,7 +448,7 @@ class Launcher:
         x = torch.empty(B, T, M, D, device=tokens_BTN.device)
         self._launch(
             self._kernels.embed,
-            (_tiles(M, 8), B * T),
+            (tiles_of(M, 8), B * T),
             tokens_BTN.contiguous(),
             masked_BTN.contiguous(),
             tables_VFD,
@@ -333,7 +465,7 @@ class Launcher:
             FACTORS=len(tables_VFD),
             SIZE=tables_VFD.shape[1],
             WIDTH=D,
-            WIDTH_TILE=_power_of_two(D),
+            WIDTH_TILE=power_of_two(D),
             ROW_TILE=8,
         )
         return x
@@ -356,7 +488,7 @@ class Launcher:
         tokens, masked = torch.empty_like(tokens_BN), torch.empty_like(masked_BN)
         self._launch(
             self._kernels.unmask,
-            (_tiles(N, 4), B),
+            (tiles_of(N, 4), B),
             logits_BNVF,
             tokens_BN.contiguous(),
             masked_BN.contiguous(),
@@ -369,8 +501,8 @@ class Launcher:
             STREAM=stream,
             FACTORS=V,
             SIZE=F,
-            SIZE_TILE=_power_of_two(F),
-            POSITIONS_TILE=_power_of_two(N),
+            SIZE_TILE=power_of_two(F),
+            POSITIONS_TILE=power_of_two(N),
             ROW_TILE=4,
         )
         return tokens, masked
@@ -381,94 +513,47 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Rows, columns and depth of a product's tiles; warps for each, and how many depths are on their way at once."""
-
-    rows: int
-    out: int
-    inner: int
-    warps: int
-    stages: int = 1
-
-
-def _product_tiles(
-    sets: int, rows: int, out: int, inner: int, sizes: tuple[int, int], modulated: bool, enough: float
-) -> _Tiles:
-    """Tiles of a product of so many sets of rows: the largest of which there are enough.
-
-    Args:
-        sizes: bytes of a number of the input, and of a weight.
-        modulated: the weights are changed first, in registers.
-    """
-    if sizes[1] == 2:
-        largest = 2 if modulated else 0
-    else:
-        largest = 1 if _precision() == "tf32" else 2  # three products need more registers
-    candidates = ((64, 128), (64, 64), (64, 32), (32, 32), (16, 32))[largest:]
-    fit = ((r, o) for r, o in candidates if sets * _tiles(rows, r) * _tiles(out, o) >= enough)
-    row_tile, out_tile = next(fit, candidates[-1])
-    warps = 8 if out_tile > 64 or modulated or (sizes[1] > 2 and row_tile >= 64) else 4
-    deepest, bytes_deep = _power_of_two(inner, 16), row_tile * sizes[0] + out_tile * sizes[1]
-    if sizes[1] == 2 and inner <= 256 and deepest * bytes_deep <= _SHARED:
-        return _Tiles(row_tile, out_tile, deepest, warps)
-    depth = min(deepest, 128 if sizes[1] == 2 else 32)
-    while depth > 16 and 3 * depth * bytes_deep > _SHARED:
-        depth //= 2
-    return _Tiles(row_tile, out_tile, depth, warps, min(5 if sizes[1] == 2 else 3, _SHARED // (depth * bytes_deep)))
-
-
-def _attention_tiles(sets: int, tokens: int, dims: int, itemsize: int, enough: float) -> tuple[int, int, int]:
-    """Queries, keys and warps of a tile of attention within frames: as many queries as registers hold, if there are
-    enough such tiles; a warp has its rows for itself where they are narrow."""
-    sizes = (64, 32) if dims <= 64 else (32,)
-    queries = next((size for size in sizes if sets * _tiles(tokens, size) >= enough), 16)
-    return queries, 64 if dims * itemsize <= 64 else 32, queries // 16 if dims * itemsize <= 256 else 4
-
-
 def extend(
     launcher: Launcher,
-    trunk: SpaceTimeTransformer,
+    blocks: Sequence[BlockWeights],
+    layers: Modulated,
     x_BTND: Tensor,
-    modulation_BTLMD: Tensor,
+    told_BTL1X: Tensor,
     cache: Cache,
     commit: int,
     in_place: bool = False,
 ) -> tuple[Tensor, Cache]:
-    """As :meth:`SpaceTimeTransformer.extend` of a trunk of published blocks."""
+    """As :meth:`SpaceTimeTransformer.extend` of a trunk of published blocks, whose ``layers`` were modulated."""
     keys, values = cache.keys_BLWND, cache.values_BLWND
     if commit and not in_place:
         keys, values = keys.clone(), values.clone()
-    assert isinstance(trunk.blocks[0], PublishedBlock)
-    rows = launcher.rows(x_BTND, trunk.blocks[0].up.weight.dtype)
-    for layer, block in enumerate(trunk.blocks):
-        assert isinstance(block, PublishedBlock)
+    rows = launcher.rows(x_BTND, blocks[0].up.weight_EK.dtype)
+    for layer, block in enumerate(blocks):
         past = cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer]
         into = keys[:, layer], values[:, layer]
-        rows = _block(launcher, block, rows, modulation_BTLMD[:, :, layer], past, into, cache.step_B, commit)
+        width, told = x_BTND.shape[-1], told_BTL1X[:, :, layer, 0]
+        own = layers.own(told, 0, 3 * width), layers.own(told, 3 * width, 4 * width)
+        rows = _block(launcher, block, own, rows, past, into, cache.step_B, commit)
     return rows.x_BTND, Cache(keys, values, cache.step_B + commit)
 
 
 def _block(
     launcher: Launcher,
-    block: PublishedBlock,
+    block: BlockWeights,
+    own: tuple[Affine, Affine],
     rows: Rows,
-    modulation_BT2D: Tensor,
     past_BWND: tuple[Tensor, Tensor],
     into_BWND: tuple[Tensor, Tensor],
     step_B: Tensor,
     commit: int,
 ) -> Rows:
-    low, heads = block.up.weight.dtype, block.config.heads  # what only products read is kept as they take it
-    normal = _Norm(_EPSILON)
-    qkv = launcher.linear(block.spatial.qkv, rows, normal, dtype=low)
+    low, heads = block.up.weight_EK.dtype, block.heads  # what only products read is kept as they take it
+    mixed_qkv, mix = own
+    qkv = launcher.linear(block.space_qkv, rows, _EPSILON, dtype=low)
     y = launcher.attend_frame(qkv, heads, block.scale)
-    rows = launcher.linear_onto(block.spatial.out, y, rows)
-    assert block.mix is not None
-    modulated = _Norm(block.mix_epsilon, modulation_BT2D)
-    rows = launcher.linear_onto(block.mix, rows, rows, modulated, moments=False)
-    qkv = launcher.linear(block.temporal.qkv, rows)
+    rows = launcher.linear_onto(block.space_out, y, rows)
+    qkv = launcher.linear(mixed_qkv, rows, block.mix_epsilon, (rows, block.time_qkv_EK))
     y = launcher.attend_ring(qkv, past_BWND, into_BWND, step_B, commit, heads, block.scale, low)
-    rows = launcher.linear_onto(block.temporal.out, y, rows)
-    hidden = launcher.linear(block.up, rows, normal, gelu=True, dtype=low)
+    rows = launcher.linear_onto(mix, rows, rows, block.mix_epsilon, (y, block.time_out_EK))
+    hidden = launcher.linear(block.up, rows, _EPSILON, gelu=True, dtype=low)
     return launcher.linear_onto(block.down, hidden, rows)

@@ -36,27 +36,11 @@ def _fetch(at):
 
 
 @triton.jit
-def _weights(
-    weight_at,
-    modulation_at,
-    k,
-    told,
-    INNER: tl.constexpr,
-    OUT_TILE: tl.constexpr,
-    NORM: tl.constexpr,
-    MODULATE: tl.constexpr,
-):
-    """Weights (K, E) of inner columns ``k``, scaled if modulated; their sums, and what the shift adds to y, (E,)."""
-    weight = tl.load(weight_at, mask=told, other=0.0)
-    columns, added = tl.zeros((OUT_TILE,), tl.float32), tl.zeros((OUT_TILE,), tl.float32)
-    if MODULATE:
-        shift = tl.load(modulation_at + k, mask=k < INNER, other=0.0, cache_modifier=".cg")
-        scale = tl.load(modulation_at + INNER + k, mask=k < INNER, other=0.0, cache_modifier=".cg")
-        added = tl.sum(weight.to(tl.float32) * shift[:, None], 0)
-        weight = (weight.to(tl.float32) * (1.0 + scale)[:, None]).to(weight.dtype)
-    if NORM:
-        columns = tl.sum(weight.to(tl.float32), 0)
-    return weight, columns, added
+def _fetch_weights(weight_EK, out, OUT: tl.constexpr, INNER: tl.constexpr, WHOLE_TILE: tl.constexpr):
+    """Has the weights of outputs brought near."""
+    LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
+    line = tl.arange(0, WHOLE_TILE // LINE) * LINE
+    _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
 
 
 @triton.jit
@@ -68,28 +52,57 @@ def _moments(x, alive, count):
 
 
 @triton.jit
+def _norm(
+    moments_at,
+    row_alive,
+    EPSILON: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Means of rows, and one over their standard deviations, of the moments of their parts."""
+    part = tl.arange(0, PARTS_TILE)
+    count = tl.maximum(tl.minimum(INNER - part * PART, PART), 0).to(tl.float32)
+    known = row_alive[:, None] & (part < PARTS)[None, :]
+    means = tl.load(moments_at[:, None] + part[None, :], mask=known, other=0.0, cache_modifier=CACHE)
+    off = tl.load(moments_at[:, None] + PARTS + part[None, :], mask=known, other=0.0, cache_modifier=CACHE)
+    mean = tl.sum(means * count[None, :], 1) / INNER
+    away = means - mean[:, None]
+    off = tl.sum(off + away * away * count[None, :], 1)
+    return mean, tl.rsqrt(off / INNER + EPSILON)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "frames"])
 def linear(
     x_RK,
     weight_EK,
     bias_E,
-    moments_RP2,
-    modulation_BT2K,
+    columns_E,
+    moments_R2P,
+    other_RK,
+    other_EK,
     residual_RE,
     y_RE,
     y_low_RE,
-    y_moments_RP2,
+    y_moments_R2P,
     rows,
     tokens,
     frames,
-    modulation_row,
-    modulation_frame,
+    weight_row,
+    weight_frame,
+    vector_row,
+    vector_frame,
     OUT: tl.constexpr,
     INNER: tl.constexpr,
     NORMALISE: tl.constexpr,
     EPSILON: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
-    MODULATE: tl.constexpr,
+    OWN: tl.constexpr,
+    AGAIN: tl.constexpr,
+    THEN: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -101,87 +114,103 @@ def linear(
     OUT_TILE: tl.constexpr,
     INNER_TILE: tl.constexpr,
     WHOLE_TILE: tl.constexpr,
+    PARTS_TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y = [residual +] [gelu]([modulated] [layer norm of] x weight' [+ bias]); a modulation is (shift, scale).
+    """y = [residual +] [gelu]([layer norm of] x weight' [+ other other_weight'] [+ bias]).
 
-    Nothing is done to x, which goes to the product as it lies in memory. A norm is one of the result: with the mean m
-    and the rate r of a row, r (x weight' - m sum(weight)); a scale is one of the weights, a shift one of the result.
-    Moments of rows are given, by ``PARTS`` of ``PART`` columns each: their mean, and the sum of squared deviations from
-    it. Those of y, a part for each tile of columns, are written if ``MOMENTS``, and y once more in a lower precision if
-    ``LOW``.
+    A norm is one of the result, and x goes to the product as it lies in memory: with the mean m and the rate r of a
+    row, r (x weight' - m columns), where ``columns`` are the sums of each output's weights. Moments of rows are given,
+    by ``PARTS`` of ``PART`` columns each: the means of all, then the sums of squared deviations from them. Those of y,
+    a part for each tile of columns, are written if ``MOMENTS``, and y once more in a lower precision if ``LOW``.
 
-    ``WHOLE_TILE`` columns are all of the inner ones. Where ``INNER_TILE`` is as many, all is read at once. A residual
-    that the kernel before did not write is ``OLD_RESIDUAL``. The rows of a program are of one frame if modulated.
+    If ``OWN``, weights, bias and columns are those of a row's frame, made by :func:`modulate` a few kernels before: the
+    rows of a program are then of one frame.
+
+    The other rows are x once more, as it is without its norm, if ``AGAIN``; or they are what the kernel before wrote,
+    and x and its moments are older, if ``THEN``. A residual that the kernel before did not write is ``OLD_RESIDUAL``.
+
+    ``WHOLE_TILE`` columns are all of the inner ones. Where ``INNER_TILE`` is as many, all is read at once.
     """
-    if MODULATE:
+    if OWN:
         tiles = tl.cdiv(tokens, ROW_TILE)
-        frame = tl.program_id(0) // tiles
+        column = tl.program_id(0) // tiles
         place = tl.program_id(0) % tiles * ROW_TILE + tl.arange(0, ROW_TILE)
-        row, row_alive = frame * tokens + place, place < tokens
-        modulation_at = modulation_BT2K + frame // frames * modulation_row + frame % frames * modulation_frame
+        row, row_alive = column * tokens + place, place < tokens
+        weight_EK += (column // frames).to(tl.int64) * weight_row + column % frames * weight_frame
+        vector = (column // frames).to(tl.int64) * vector_row + column % frames * vector_frame
+        bias_E += vector
+        columns_E += vector
     else:
         row = tl.program_id(0) * ROW_TILE + tl.arange(0, ROW_TILE)
         row_alive = row < rows
-        modulation_at = modulation_BT2K
     out = tl.program_id(1) * OUT_TILE + tl.arange(0, OUT_TILE)
     inner = tl.arange(0, INNER_TILE)
-    out_alive, inner_alive = out < OUT, inner < INNER
+    out_alive = out < OUT
     row_at = row[:, None].to(tl.int64)  # more rows times columns than 32 bits hold
-    x_at = x_RK + row_at * INNER + inner[None, :]
-    weight_at = weight_EK + out[None, :] * INNER + inner[:, None]
+    from_x, from_weight = row_at * INNER + inner[None, :], out[None, :] * INNER + inner[:, None]
     here = row_at * OUT + out[None, :]
     alive = row_alive[:, None] & out_alive[None, :]
+    x_alive = row_alive[:, None] & (inner < INNER)[None, :]
+    told = out_alive[None, :] & (inner < INNER)[:, None]
+    WHOLE: tl.constexpr = INNER_TILE == WHOLE_TILE
+    CACHE: tl.constexpr = ".cg" if THEN else ""
+    OWN_CACHE: tl.constexpr = ".cg" if OWN else ""
 
     # What was there before the kernel before.
-    if INNER_TILE == WHOLE_TILE:
-        told = out_alive[None, :] & inner_alive[:, None]
-        weight, columns, added = _weights(weight_at, modulation_at, inner, told, INNER, OUT_TILE, NORMALISE, MODULATE)
-    else:
-        columns, added = tl.zeros((OUT_TILE,), tl.float32), tl.zeros((OUT_TILE,), tl.float32)
-        if EARLY:
-            LINE: tl.constexpr = 1024 // weight_EK.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
-            line = tl.arange(0, WHOLE_TILE // LINE) * LINE
-            _fetch(weight_EK + tl.minimum(out, OUT - 1)[:, None] * INNER + tl.minimum(line, INNER - 1)[None, :])
+    if WHOLE:
+        weight = tl.load(weight_EK + from_weight, mask=told, other=0.0, cache_modifier=OWN_CACHE)
+        if AGAIN or THEN:
+            other_weight = tl.load(other_EK + from_weight, mask=told, other=0.0)
+    elif EARLY:
+        if not THEN:
+            _fetch_weights(weight_EK, out, OUT, INNER, WHOLE_TILE)
+        if AGAIN or THEN:
+            _fetch_weights(other_EK, out, OUT, INNER, WHOLE_TILE)
     if BIAS:
-        added += tl.load(bias_E + out, mask=out_alive, other=0.0).to(tl.float32)
+        bias = tl.load(bias_E + out, mask=out_alive, other=0.0, cache_modifier=OWN_CACHE).to(tl.float32)
+    if NORMALISE:
+        columns = tl.load(columns_E + out, mask=out_alive, other=0.0, cache_modifier=OWN_CACHE)
     if OLD_RESIDUAL:
         residual = tl.load(residual_RE + here, mask=alive, other=0.0, cache_modifier=".cg")
-    _begin(EARLY)
+    if not THEN:
+        _begin(EARLY)
 
+    if NORMALISE:
+        moments_at = moments_R2P + row.to(tl.int64) * (2 * PARTS)
+        mean, rate = _norm(moments_at, row_alive, EPSILON, INNER, PARTS, PART, PARTS_TILE, CACHE)
     if RESIDUAL and not OLD_RESIDUAL:
         residual = tl.load(residual_RE + here, mask=alive, other=0.0)
-    if NORMALISE:
-        mean = tl.zeros((ROW_TILE,), tl.float32)
-        off = tl.zeros((ROW_TILE,), tl.float32)
-        moments_at = moments_RP2 + row.to(tl.int64) * PARTS * 2
-        for part in tl.static_range(PARTS):  # of ever more columns, a part more each time
-            share = 1.0 - part * PART / min(INNER, (part + 1) * PART)
-            away = tl.load(moments_at + 2 * part, mask=row_alive, other=0.0) - mean
-            off += tl.load(moments_at + 2 * part + 1, mask=row_alive, other=0.0) + away * away * (part * PART * share)
-            mean += away * share
-        rate = tl.rsqrt(off / INNER + EPSILON)
-    if INNER_TILE == WHOLE_TILE:
-        x = tl.load(x_at, mask=row_alive[:, None] & inner_alive[None, :], other=0.0)
-        sum_RE = tl.dot(x.to(weight.dtype), weight, input_precision=PRECISION)
+    sum_RE = tl.zeros((ROW_TILE, OUT_TILE), tl.float32)
+    if WHOLE:
+        x = tl.load(x_RK + from_x, mask=x_alive, other=0.0, cache_modifier=CACHE)
+        sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
     else:
-        sum_RE = tl.zeros((ROW_TILE, OUT_TILE), tl.float32)
         for k in range(0, INNER, INNER_TILE):
             k_alive = k + inner < INNER
-            x = tl.load(x_at + k, mask=row_alive[:, None] & k_alive[None, :], other=0.0)
-            told = out_alive[None, :] & k_alive[:, None]
-            weight, more_columns, more_added = _weights(
-                weight_at + k, modulation_at, k + inner, told, INNER, OUT_TILE, NORMALISE, MODULATE
-            )
-            if NORMALISE:
-                columns += more_columns
-            if MODULATE:
-                added += more_added
+            k_told = out_alive[None, :] & k_alive[:, None]
+            k_known = row_alive[:, None] & k_alive[None, :]
+            x = tl.load(x_RK + from_x + k, mask=k_known, other=0.0, cache_modifier=CACHE)
+            weight = tl.load(weight_EK + from_weight + k, mask=k_told, other=0.0, cache_modifier=OWN_CACHE)
             sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
     if NORMALISE:
         sum_RE = (sum_RE - mean[:, None] * columns[None, :]) * rate[:, None]
-    if BIAS or MODULATE:
-        sum_RE += added[None, :]
+    if THEN:
+        _begin(EARLY)
+    if WHOLE:
+        if THEN:
+            x = tl.load(other_RK + from_x, mask=x_alive, other=0.0)
+        if AGAIN or THEN:
+            sum_RE = tl.dot(x.to(other_weight.dtype), other_weight, sum_RE, input_precision=PRECISION)
+    elif AGAIN or THEN:
+        for k in range(0, INNER, INNER_TILE):
+            k_alive = k + inner < INNER
+            k_told = out_alive[None, :] & k_alive[:, None]
+            x = tl.load(other_RK + from_x + k, mask=row_alive[:, None] & k_alive[None, :], other=0.0)
+            weight = tl.load(other_EK + from_weight + k, mask=k_told, other=0.0)
+            sum_RE = tl.dot(x.to(weight.dtype), weight, sum_RE, input_precision=PRECISION)
+    if BIAS:
+        sum_RE += bias[None, :]
     if GELU:
         sum_RE = 0.5 * sum_RE * (1.0 + tl.erf(sum_RE * 0.7071067811865476))
     if RESIDUAL:
@@ -192,12 +221,54 @@ def linear(
     if MOMENTS:
         many = tl.minimum(OUT - tl.program_id(1) * OUT_TILE, OUT_TILE)
         y_mean, y_off = _moments(sum_RE, out_alive[None, :], many)
-        y_moments_at = y_moments_RP2 + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 2
+        y_moments_at = y_moments_R2P + row.to(tl.int64) * (2 * tl.num_programs(1)) + tl.program_id(1)
         tl.store(y_moments_at, y_mean, mask=row_alive)
-        tl.store(y_moments_at + 1, y_off, mask=row_alive)
+        tl.store(y_moments_at + tl.num_programs(1), y_off, mask=row_alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])
+def modulate(
+    weight_LEK,
+    bias_LE,
+    modulation_BTL2K,
+    own_BTLEK,
+    vectors_BTL2E,
+    frames,
+    modulation_row,
+    modulation_frame,
+    own_column,
+    own_layer,
+    vectors_column,
+    vectors_layer,
+    OUT: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_TILE: tl.constexpr,
+    OUT_TILE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Layers behind a modulation (shift, scale) as layers of what is not yet modulated, one for each frame of each row:
+    weight (1 + scale), and the vectors weight shift + bias and, of each output, the sum of its new weights."""
+    _begin(EARLY)
+    layer, column = tl.program_id(1), tl.program_id(2)
+    out, inner = tl.program_id(0) * OUT_TILE + tl.arange(0, OUT_TILE), tl.arange(0, INNER_TILE)
+    known = inner < INNER
+    row_at = (column // frames).to(tl.int64) * modulation_row + column % frames * modulation_frame
+    modulation_at = modulation_BTL2K + row_at + layer * 2 * INNER + inner
+    shift = tl.load(modulation_at, mask=known, other=0.0)
+    scale = tl.load(modulation_at + INNER, mask=known, other=0.0)
+    at = (layer * OUT + out)[:, None] * INNER + inner[None, :]
+    alive = (out < OUT)[:, None] & known[None, :]
+    weight = tl.load(weight_LEK + at, mask=alive, other=0.0).to(tl.float32)
+    own = (weight * (1.0 + scale)[None, :]).to(own_BTLEK.dtype.element_ty)
+    own_at = own_BTLEK + column.to(tl.int64) * own_column + layer * own_layer
+    tl.store(own_at + out[:, None] * INNER + inner[None, :], own, mask=alive)
+    bias = tl.load(bias_LE + layer * OUT + out, mask=out < OUT, other=0.0)
+    vectors_at = vectors_BTL2E + column.to(tl.int64) * vectors_column + layer * vectors_layer + out
+    tl.store(vectors_at, tl.sum(weight * shift[None, :], 1) + bias, mask=out < OUT)
+    tl.store(vectors_at + OUT, tl.sum(own.to(tl.float32), 1), mask=out < OUT)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def moments(
     x_RD,
     low_RD,
@@ -222,7 +293,7 @@ def moments(
         tl.store(low_RD + here, x.to(low_RD.dtype.element_ty), mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def attend_frame(
     qkv_R3D,
     y_RD,
@@ -266,7 +337,7 @@ def attend_frame(
     tl.store(here + query[:, None] * WIDTH + dim[None, :], y, mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "frames", "commit"])
 def attend_ring(
     qkv_BTN3D,
     keys_BWND,
@@ -318,12 +389,13 @@ def attend_ring(
     first = qkv_BTN3D + row.to(tl.int64) * frames * tokens * 3 * WIDTH
     new_GTK = own_GK[:, None, :] + frame[None, :, None] * tokens * 3 * WIDTH
     new_alive = alive_GK[:, None, :] & (frame < frames)[None, :, None]
+    new_q = tl.load(first + new_GTK, mask=new_alive, other=0.0) * scale
     new_k = tl.load(first + WIDTH + new_GTK, mask=new_alive, other=0.0)
     new_v = tl.load(first + 2 * WIDTH + new_GTK, mask=new_alive, other=0.0)
 
     y_at = y_BTND + row.to(tl.int64) * frames * tokens * WIDTH + ring_GK
     for t in range(frames):
-        q = tl.load(first + t * tokens * 3 * WIDTH + own_GK, mask=alive_GK, other=0.0) * scale
+        q = tl.sum(tl.where((frame == t)[None, :, None], new_q, 0.0), 1)
         seen, new = kept & (step + t - held < WINDOW), (frame <= t) & (t - frame < WINDOW)
         past_GS = tl.where(seen[None, :], tl.sum(past_k * q[:, None, :], 2), float("-inf"))
         new_GS = tl.where(new[None, :], tl.sum(new_k * q[:, None, :], 2), float("-inf"))
@@ -341,7 +413,7 @@ def attend_ring(
         tl.store(new_values_BWND + into, new_v.to(new_values_BWND.dtype.element_ty), mask=into_alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "all_positions", "frames"])
 def embed(
     tokens_BTN,
     masked_BTN,
@@ -409,7 +481,7 @@ def _uniform(seed, step, STREAM: tl.constexpr, index):
     return (bits.to(tl.float32) + 0.5) / 8388608.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "left"])
 def unmask(
     logits_BNF,
     tokens_BN,

@@ -24,7 +24,7 @@ from hma_gym.nn.precision import LowLinear, in_precision, tensor_float32
 FIXTURE = Path(__file__).with_name("published.safetensors")
 pytestmark = pytest.mark.triton
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ def test_kernels_fit_into_registers_and_shared_memory(
     )
     assert made.returncode == 0, made.stderr
     kernels = [json.loads(line) for line in made.stdout.splitlines()]
-    names = {"embed", "moments", "linear", "attend_frame", "attend_ring", "unmask"}
+    names = {"embed", "modulate", "moments", "linear", "attend_frame", "attend_ring", "unmask"}
     assert {kernel["kernel"] for kernel in kernels} == names
-    a_pass = 9 + 4  # a layer; embedding, moments, logits and unmasking
-    assert sum(kernel["launched"] for kernel in kernels) == 2 * a_pass
+    a_pass = 8 + 4  # a layer; embedding, moments, logits and unmasking; and once a frame, the modulation
+    assert sum(kernel["launched"] for kernel in kernels) == 1 + 2 * a_pass
     for kernel in kernels:
         assert kernel["shared"] <= SHARED and kernel["spilled"] == 0, kernel
