@@ -203,11 +203,13 @@ class PublishedModel(nn.Module):
         compile_methods(self, ("_embed", "_told", "_filled"), fullgraph=True)
 
     def fuse_step(self, early: bool = False) -> None:
-        """Let :meth:`step` and :meth:`observe` run by a few kernels of our own (a GPU, with Triton): about a third as
-        many as there are operations, the same numbers to float rounding. Weights must stay where they are from now on.
+        """Let :meth:`step` and :meth:`observe` run by a few kernels of our own (a GPU, with Triton): a quarter as
+        many as there are operations, the same numbers to float rounding. Weights must stay where and as they are from
+        now on: products of them are made here.
 
         Args:
-            early: begin each kernel while the one before it ends (NVIDIA, compute capability 9.0 or above).
+            early: begin each kernel while the one before it ends (NVIDIA, compute capability 9.0 or above); faster in
+                bfloat16 and TF32, slower in full float32.
 
         Raises:
             MissingExtra: no Triton here; PyTorch for GPUs on Linux brings it along.

@@ -398,7 +398,7 @@ class Launcher:
         B, T, N, E = qkv_BTNE.shape
         W, head_dim = past_BWND[0].shape[1], E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=dtype)
-        tiles = ring_tiles(Ring(B, N * heads, head_dim, W, T), self._processors)
+        tiles = ring_tiles(Ring(head_dim, W, T))
         self._launch(
             self._kernels.attend_ring,
             (tiles_of(N * heads, tiles.group), B),
