@@ -97,7 +97,7 @@ class InferenceSpeedConfig:
         ways: how our discrete models run; ``eager``, ``compiled``, or on a GPU ``graphs``, ``compiled-graphs``,
             ``tuned-graphs``, ``fused-graphs`` and ``early-graphs``.
         engines: of ``cached``, ``sliding`` and ``same context``, those of the discrete models to time.
-        packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`), but where they are compiled.
+        packed: rearrange our weights for the CPU first (see :mod:`hma_gym.nn.packed`).
         limit_s: after so many seconds no further measurement begins; None for no limit.
         repeats, warmup: timed calls of each, and calls before.
         each_s: fewer repeats where they would take more seconds, but three; None for no limit.
@@ -196,7 +196,7 @@ def _own_model(config: InferenceSpeedConfig, width: int, theirs: Any | None) -> 
     return model.requires_grad_(False).to(config.device)
 
 
-def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products, way: Way) -> ModuleT:
+def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products) -> ModuleT:
     """A model in its precision, packed if asked for; integers for what it reads in a frame."""
     positions = config.side**2 + 64
     if products == "int8":
@@ -205,7 +205,7 @@ def _prepared(config: InferenceSpeedConfig, model: ModuleT, products: Products, 
         model = in_int8(model, ranges, rows=1)
     else:
         model = in_precision(model, "bfloat16" if products == "bfloat16" else "float32")
-    return packed(model, positions * config.batches[0]) if config.packed and way != "compiled" else model
+    return packed(model, positions * config.batches[0]) if config.packed else model
 
 
 def _full(model: PublishedModel, batch: int, device: torch.device) -> PublishedState:
@@ -376,7 +376,7 @@ def _groups(
     kinds += [(way, products, False) for way in ways for products in config.precisions]
     by_batch: dict[int, list[_Group]] = {batch: [] for batch in config.batches}
     for way, products, reference in kinds:
-        own = model if reference else _prepared(config, model, products, way)
+        own = model if reference else _prepared(config, model, products)
         for batch in config.batches:
 
             def calls(

@@ -7,8 +7,9 @@ parts of a step are timed (trunk, token head and the rest of the dynamics, decod
 the operations inside a model step one by one, and the floating-point operations and bytes of the trunk are set against
 the limits. Bytes are the least that a step must move: weights once, and keys and values of the window once; beside them
 stand those that its operations read and write one by one, and the time of the trunk's matrix products alone, of the
-same shapes. ``--ways graphs compiled-graphs`` times the parts as CUDA graphs, too. Writes ``<out>/profile.json`` and
-``.md``, anew for each number of environments.
+same shapes. ``--ways eager packed`` times the parts with packed weights, too, ``graphs compiled-graphs`` as CUDA
+graphs. The rate of a CPU is that of PyTorch's own products or of oneDNN's, whichever is higher. Writes
+``<out>/profile.json`` and ``.md``, anew for each number of environments.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +38,7 @@ from hma_gym.benchmarks._timing import (
 )
 from hma_gym.benchmarks.throughput import checkpoint_in_precision
 from hma_gym.dynamics.compiled import with_compilation
+from hma_gym.dynamics.packed import with_packed_weights
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.dynamics.steppers import CudaGraphs
 from hma_gym.envs.tasks import get_task
@@ -47,9 +48,10 @@ from hma_gym.errors import InvalidArgument
 from hma_gym.evaluation.provenance import provenance
 from hma_gym.judges.protocol import FrameCoder, Judge, TokenJudge, ask, told_state
 from hma_gym.nn import graphs
+from hma_gym.nn.packed import packed
 from hma_gym.nn.precision import Products, tensor_float32
 
-Way = Literal["eager", "graphs", "compiled-graphs"]
+Way = Literal["eager", "packed", "graphs", "compiled-graphs"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ProfileConfig:
         checkpoint: name, folder or hub id; None takes the task's own.
         envs: numbers of environments.
         precision: of the learned world's matrix products; ``tf32`` is for GPUs.
-        ways: how the parts run; the operations are those of ``eager``.
+        ways: how the parts run, ``packed`` with the weights rearranged for the CPU; operations are those of ``eager``.
         repeats, warmup: timed calls of each part, and calls before.
         operations: how many of the slowest operations are shown.
         matrix, copy_mb: side of the matrices and size of the copies by which the machine is measured.
@@ -184,18 +186,21 @@ def measure_limits(config: ProfileConfig) -> Limits:
     product = torch.empty_like(a)
     source = torch.zeros(config.copy_mb * 250_000, device=device)
     target = torch.ones_like(source)
+    products: dict[str, Callable[[], object]] = {"matrix": lambda: torch.mm(a, a, out=product)}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        linear = nn.Linear(config.matrix, config.matrix, bias=False).to(dtype)
+        rearranged = packed(nn.Sequential(linear), config.matrix)
+        products["packed matrix"] = lambda: rearranged(a)
     timings = time_calls(
-        {
-            "matrix": in_products(config.precision, lambda: torch.mm(a, a, out=product)),
-            "copy": lambda: target.copy_(source),
-        },
+        {name: in_products(config.precision, call) for name, call in products.items()}
+        | {"copy": lambda: target.copy_(source)},
         repeats=config.repeats,
         warmup=config.warmup,
         clock=config.clock,
         device=device,
     )
     return Limits(
-        2 * config.matrix**3 / timings["matrix"].median.value,
+        max(2 * config.matrix**3 / timings[name].median.value for name in products),
         2 * source.numel() * source.element_size() / timings["copy"].median.value,
     )
 
@@ -233,7 +238,7 @@ def _trunk_products(world: LearnedWorld, rows: int) -> Callable[[], object]:
 
     def call() -> None:
         for layer in layers:
-            F.linear(inputs[layer.in_features], layer.weight, layer.bias)
+            layer(inputs[layer.in_features])
 
     return call
 
@@ -264,7 +269,10 @@ def _parts(config: ProfileConfig, source: LearnedWorld, count: int, way: Way) ->
     if way == "compiled-graphs":
         torch._dynamo.reset()  # it keeps a limited number of sizes
         checkpoint = with_compilation(checkpoint)
-    world = LearnedWorld(checkpoint, judge=judge, stepper=None if way == "eager" else CudaGraphs)
+    elif way == "packed":
+        checkpoint = with_packed_weights(checkpoint, count)
+    plain = way in ("eager", "packed")
+    world = LearnedWorld(checkpoint, judge=judge, stepper=None if plain else CudaGraphs)
     envs = HMAVectorEnv(count, checkpoint=world, output="torch", render_mode=None)
     envs.reset(seed=0)
     envs.action_space.seed(0)
@@ -278,12 +286,13 @@ def _parts(config: ProfileConfig, source: LearnedWorld, count: int, way: Way) ->
     if judge is not None:
         frames = torch.zeros(count, world.window, *world.image_size, 3, dtype=torch.uint8, device=device)
         calls["judge"] = _judging(judge, frames, tokens)
-    if way == "eager":
-        return {
+    if plain:
+        calls = {
             "step of the environment": lambda: envs.step(action),
             "model step": lambda: world.dynamics.step(state, action, in_place=True),
             **calls,
         }
+        return {name if way == "eager" else f"{name}, {way}": call for name, call in calls.items()}
     stepper, another = CudaGraphs(world.dynamics), _state(envs)
     return {
         f"step of the environment, {way}": lambda: envs.step(action),

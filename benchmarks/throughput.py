@@ -59,10 +59,12 @@ Way = Literal[
     "eager",
     "packed",
     "compiled",
+    "packed-compiled",
     "graphs",
     "compiled-graphs",
     "sketch",
     "compiled-sketch",
+    "packed-compiled-sketch",
     "sketch-graphs",
     "compiled-sketch-graphs",
 ]
@@ -72,6 +74,7 @@ _STEPPERS: dict[Way, type[CudaGraphs | Sketch]] = {
     "compiled-graphs": CudaGraphs,
     "sketch": Sketch,
     "compiled-sketch": Sketch,
+    "packed-compiled-sketch": Sketch,
     "sketch-graphs": SketchGraphs,
     "compiled-sketch-graphs": SketchGraphs,
 }
@@ -88,7 +91,8 @@ class ThroughputConfig:
         chunk: steps of a chunk.
         precisions: of the learned world's matrix products; ``tf32`` is for GPUs, ``int8`` for CPUs.
         ways: how its steps run; ``packed`` has the weights rearranged for the CPU, ``compiled`` compiles for each
-            number of environments first, ``graphs`` needs a GPU; ``sketch`` steps by the body alone.
+            number of environments first, ``packed-compiled`` does both, ``graphs`` needs a GPU; ``sketch`` steps by the
+            body alone.
         limit_s: after so many seconds no further learned environments are timed; None for no limit.
         judge: ``classifier`` or ``feature``, the checkpoint's own; None takes the classifier where there is one.
         repeats, warmup: timed calls of each, and calls before.
@@ -193,9 +197,9 @@ def _checkpoint(config: ThroughputConfig, precision: Products) -> Checkpoint:
 
 def _world(config: ThroughputConfig, precision: Products, way: Way, count: int) -> LearnedWorld:
     checkpoint = _checkpoint(config, precision)
-    if way == "packed":
+    if "packed" in way:
         checkpoint = with_packed_weights(checkpoint, count)
-    elif way.startswith("compiled"):
+    if "compiled" in way:
         torch._dynamo.reset()  # it keeps a limited number of sizes
         checkpoint = with_compilation(checkpoint)
     return LearnedWorld(checkpoint, judge=config.judge, stepper=_STEPPERS.get(way))

@@ -8,7 +8,7 @@
 Compiled are, on a CPU, a whole step of a model of one domain that has few unmasking and noise steps, and the decoding
 of its frames; else the trunk's blocks (once for all of them), the token head's noise model, the bodies, and the
 tokenizer's decoder. Each is compiled at its first use with a number of rows, and again for another number. Frames
-differ from those of the same networks uncompiled by float rounding.
+differ from those of the same networks uncompiled by float rounding. Weights that are packed stay so: pack them first.
 """
 
 from __future__ import annotations
@@ -69,13 +69,11 @@ def with_compilation(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint with compiled networks; ``provenance["compiled"]`` says so. For rollouts, not for training.
 
     Raises:
-        InvalidArgument: compiled or packed before, or on a CPU without a C++ compiler.
+        InvalidArgument: compiled before, or on a CPU without a C++ compiler.
     """
     reason = lacks_compiler() if checkpoint.dynamics.position_embedding.device.type == "cpu" else ""
     if "compiled" in checkpoint.provenance:
         reason = "it is compiled already; use it as it is"
-    elif "packed" in checkpoint.provenance:
-        reason = "the compiler cannot read packed weights; compile it without packing"
     if reason:
         raise InvalidArgument(f"checkpoint {checkpoint.name!r} cannot be compiled: {reason}.")
     dynamics, tokenizer = compiled(checkpoint.dynamics), compiled(checkpoint.tokenizer)

@@ -18,7 +18,7 @@ from hma_gym.nn.packed import packed
 def with_packed_weights(checkpoint: Checkpoint, num_envs: int) -> Checkpoint:
     """The same checkpoint with its dynamics model's linear layers packed; ``provenance["packed"]`` says so.
 
-    It is for rollouts, not for training or saving. Precision first, then this.
+    It is for rollouts, not for training or saving. Precision first, then this, then compilation.
 
     Args:
         num_envs: for which it shall be fastest; any number works.
@@ -30,7 +30,8 @@ def with_packed_weights(checkpoint: Checkpoint, num_envs: int) -> Checkpoint:
         raise InvalidArgument(f"checkpoint {checkpoint.name!r} has packed weights already; use it as it is.")
     if "compiled" in checkpoint.provenance:
         raise InvalidArgument(
-            f"checkpoint {checkpoint.name!r} is compiled, and the compiler cannot read packed weights; use it as it is."
+            f"checkpoint {checkpoint.name!r} is compiled, and its weights must be packed before; use it as it is, or "
+            "pack the checkpoint that it was compiled from."
         )
     return dataclasses.replace(
         checkpoint,

@@ -15,18 +15,17 @@ Affine quantisation of inputs and symmetric one of weights as in Jacob et al. 20
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
 from hma_gym.nn.activations import FusedGelu
+from hma_gym.nn.held import OPERATORS, Held, held
 from hma_gym.nn.replacing import ModuleT, with_layers
 
 #: Ranges are so much wider than what was seen.
@@ -74,11 +73,9 @@ def input_ranges(module: nn.Module) -> Iterator[dict[str, InputRange]]:
             hook.remove()
 
 
-class _Integers:
+class _Integers(Held):
     """A layer's weights (O, ...) as int8 with the scale of each output (O,), and the grid of what it reads: integers q
     that stand for ``scale`` (q - ``zero``).
-
-    Nothing of it ever changes: a copy of a layer shares it.
 
     Args:
         pack: weights and scales to the weights as the processor's kernels want them.
@@ -87,6 +84,7 @@ class _Integers:
     def __init__(
         self, layer: nn.Linear | nn.Conv2d, seen: InputRange, pack: Callable[[_Integers, Tensor], Tensor]
     ) -> None:
+        super().__init__()
         low, high = WIDER * seen.low, WIDER * seen.high
         self.scale = (high - low) / 255.0
         self.zero = round(-low / self.scale)
@@ -96,16 +94,6 @@ class _Integers:
         self.bias_O = None if layer.bias is None else layer.bias.detach()
         integers = (weight / self.scale_O.view(-1, *(1,) * (weight.ndim - 1))).round().to(torch.int8)
         self.packed = pack(self, integers.contiguous())
-        self.number = next(_numbers)
-        _known[self.number] = self
-
-    def __deepcopy__(self, memo: object) -> _Integers:
-        return self
-
-
-#: Integers by their numbers, by which compiled code names them.
-_known: WeakValueDictionary[int, _Integers] = WeakValueDictionary()
-_numbers = itertools.count()
 
 
 class _Reader(nn.Module):
@@ -214,19 +202,16 @@ def _convolution(pixels: Tensor, own: _Integers, stride: list[int], padding: lis
     return y
 
 
-#: Operators for compiled code, which cannot hold packed weights; defined without the wrappers of
-#: ``torch.library.custom_op``, which take longer than many a product.
-_operators = torch.library.Library("hma_gym", "FRAGMENT")
-_operators.define(
+OPERATORS.define(
     "linear_int8(Tensor rows, Tensor number, Tensor? into, int outputs, str after, str algorithm) -> Tensor"
 )
-_operators.define("convolution_int8(Tensor pixels, Tensor number, int[] size, int[] stride, int[] padding) -> Tensor")
+OPERATORS.define("convolution_int8(Tensor pixels, Tensor number, int[] size, int[] stride, int[] padding) -> Tensor")
 
 
 def _linear_by_number(
     rows: Tensor, number: Tensor, into: Tensor | None, outputs: int, after: str, algorithm: str
 ) -> Tensor:
-    return _linear(rows, _known[int(number)], None if into is None else _known[int(into)], after, algorithm)
+    return _linear(rows, held(number), None if into is None else held(into), after, algorithm)
 
 
 def _linear_as_planned(
@@ -238,7 +223,7 @@ def _linear_as_planned(
 def _convolution_by_number(
     pixels: Tensor, number: Tensor, size: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    return _convolution(pixels, _known[int(number)], stride, padding)
+    return _convolution(pixels, held(number), stride, padding)
 
 
 def _convolution_as_planned(
@@ -249,10 +234,10 @@ def _convolution_as_planned(
     return torch.empty(shape, device=pixels.device, dtype=torch.float32, memory_format=torch.channels_last)
 
 
-_operators.impl("linear_int8", _linear_by_number, "CPU")
-_operators.impl("convolution_int8", _convolution_by_number, "CPU")
-torch.library.register_fake("hma_gym::linear_int8", _linear_as_planned, lib=_operators)
-torch.library.register_fake("hma_gym::convolution_int8", _convolution_as_planned, lib=_operators)
+OPERATORS.impl("linear_int8", _linear_by_number, "CPU")
+OPERATORS.impl("convolution_int8", _convolution_by_number, "CPU")
+torch.library.register_fake("hma_gym::linear_int8", _linear_as_planned, lib=OPERATORS)
+torch.library.register_fake("hma_gym::convolution_int8", _convolution_as_planned, lib=OPERATORS)
 
 
 def _kind(layer: nn.Module) -> type[Int8Linear | Int8Conv2d] | None:

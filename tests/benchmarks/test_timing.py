@@ -113,11 +113,16 @@ def test_a_profile_of_graphs_has_the_parts_in_both_ways(
 
 
 def test_profile_of_a_toy_checkpoint(toy_folder: Path, tmp_path: Path) -> None:
-    config = ProfileConfig(checkpoint=str(toy_folder), envs=(2,), repeats=2, matrix=64, copy_mb=1, out=tmp_path)
+    config = ProfileConfig(
+        checkpoint=str(toy_folder), envs=(2,), ways=("eager", "packed"), repeats=2, matrix=64, copy_mb=1, out=tmp_path
+    )
     data, text = _read(profile(config))
     found = data["profiles"][0]
     assert found["envs"] == 2 and found["trunk_flop"] > 0 and len(found["operations"]) == config.operations
-    assert {"step of the environment", "model step", "trunk", "decoder"} <= found["parts"].keys()
+    for way in ("", ", packed"):
+        assert {f"{part}{way}" for part in ("step of the environment", "model step", "trunk", "decoder")} <= found[
+            "parts"
+        ].keys()
     seconds = [operation["seconds"] for operation in found["operations"]]
     assert seconds == sorted(seconds, reverse=True)
     assert "percent of the matrix rate" in text and found["trunk_moved"] > found["trunk_bytes"]

@@ -83,6 +83,7 @@ def _kinds() -> dict[str, Callable[[Checkpoint], Checkpoint]]:
         "in place, two passes": lambda toy: other(toy, conditioning="in_place", decode_steps=2),
         "discrete": lambda toy: discrete_checkpoint(),
         "integers": lambda toy: with_precision(toy, "int8"),
+        "packed": lambda toy: with_packed_weights(toy, num_envs=N),
         "many noise steps": diffusing,
         "two domains": lambda toy: other(toy, domains=2),
     }
@@ -95,6 +96,7 @@ def _kinds() -> dict[str, Callable[[Checkpoint], Checkpoint]]:
         ("in place, two passes", 1),
         ("discrete", 1),
         pytest.param("integers", 1, marks=pytest.mark.int8),
+        ("packed", 1),
         ("many noise steps", 5),
         ("two domains", 5),
     ],
@@ -118,7 +120,8 @@ def test_compiled_equals_eager(toy: Checkpoint, kind: str, graphs: int, monkeypa
     assert int((shown - again).abs().max()) <= 1
     with pytest.raises(InvalidArgument, match="compiled already"):
         with_compilation(fast)
-    with pytest.raises(InvalidArgument, match="compiled, and the compiler cannot read packed"):
+    match = "packed weights already" if kind == "packed" else "compiled, and its weights must be packed before"
+    with pytest.raises(InvalidArgument, match=match):
         with_packed_weights(fast, num_envs=N)
 
 
@@ -184,8 +187,6 @@ def test_packed_weights_equal_plain_ones(toy: Checkpoint) -> None:
     _assert_alike(_steps(toy, InOrder(toy.dynamics)), _steps(fast, InOrder(fast.dynamics)), tolerance=2e-3)
     with pytest.raises(InvalidArgument, match="packed weights already"):
         with_packed_weights(fast, num_envs=N)
-    with pytest.raises(InvalidArgument, match="cannot read packed weights; compile it without"):
-        with_compilation(fast)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -194,8 +195,12 @@ def test_packed_weights_equal_plain_ones(toy: Checkpoint) -> None:
 def test_a_packed_layer_is_the_layer(precision: Precision, bias: bool, rows: int) -> None:
     layer = in_precision(torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias)).requires_grad_(False), precision)
     x = torch.randn(2, 24, rows, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
-    said = packed(layer, rows)(x)
+    fast = packed(layer, rows)
+    said = fast(x)
     assert said.dtype == torch.float32 and said.shape == (2, rows, 40)
+    with torch.inference_mode():
+        again = torch.compile(copy.deepcopy(fast).forward, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(again, said)
     tolerance = 1e-5 if precision == "float32" else 2e-2
     assert torch.allclose(said, layer(x), atol=tolerance)
     for approximate in ("tanh", "none"):
