@@ -27,6 +27,10 @@ from hma_gym.tokenizers.protocol import Tokenizer, TokenizerConfig, check_frames
 DOWNSAMPLING = 8
 _INPUT_SCALE = 4.0  # pixels in [0, 1] have a standard deviation of about a quarter
 
+#: Bytes of the decoder's widest maps at once on a CPU. A C library gives the memory of much larger ones back to the
+#: system whenever they are freed, and the system clears each of their pages when they are wanted again.
+_WIDEST = 2**21
+
 
 @dataclass(frozen=True)
 class ConvConfig(TokenizerConfig):
@@ -188,6 +192,16 @@ class ConvTokenizer(Tokenizer):
         maps_B4HW = self.decoder(latents_BChw)
         mask_B1HW = torch.sigmoid(maps_B4HW[:, 3:])
         return torch.addcmul(self.background, mask_B1HW, maps_B4HW[:, :3] + (0.5 - self.background))
+
+    def shown(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """Frames (B, H, W, 3) uint8 of bottleneck maps; on a CPU a few at a time, but inside compiled code."""
+        whole = latents_BChw.is_cuda or torch.compiler.is_compiling()
+        eighth, quarter, half = self.config.decoder_widths
+        numbers = self.tokens_per_frame * max(eighth, 4 * quarter, 16 * half, 64 * 4)  # of a frame's widest maps
+        rows = max(1, _WIDEST // (4 * numbers))
+        if whole or len(latents_BChw) <= rows:
+            return self.to_frames(self.from_latents(latents_BChw))
+        return torch.cat([self.to_frames(self.from_latents(part)) for part in latents_BChw.split(rows)])
 
     def to_frames(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3), rounded."""

@@ -66,4 +66,4 @@ class SoftTokenizer(StandardisedTokenizer, ConvTokenizer):
         return self.from_latents(self.tokens_to_latents(tokens_BNC).clamp(-1.0, 1.0))
 
     def latents_to_frames(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        return self.to_frames(self.from_latents(latents_BChw.clamp(-1.0, 1.0)))
+        return self.shown(latents_BChw.clamp(-1.0, 1.0))

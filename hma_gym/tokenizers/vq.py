@@ -85,5 +85,5 @@ class VQTokenizer(ConvTokenizer):
         check_vq_tokens(tokens_BN, self.tokens_per_frame)
         codebook_KL = self.quantizer.get_buffer("implicit_codebook").to(self.background.dtype)
         codes_BNL = codebook_KL[tokens_BN.reshape(-1, self.tokens_per_frame)]
-        frames_BHWC = self.to_frames(self.from_latents(codes_BNL.transpose(1, 2).unflatten(2, self.grid)))
+        frames_BHWC = self.shown(codes_BNL.transpose(1, 2).unflatten(2, self.grid))
         return frames_BHWC.reshape(*tokens_BN.shape[:-1], *self.image_size, 3)

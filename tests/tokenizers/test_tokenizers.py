@@ -127,6 +127,22 @@ def test_deterministic_and_alone_in_the_batch(config, frames):
 
 
 @BOTH
+@pytest.mark.parametrize("leading", [(7,), (2, 4)])
+def test_frames_decoded_a_few_at_a_time_are_the_frames(config, leading, frames, monkeypatch):
+    tokenizer = make(config)
+    tokens = tokenizer.encode(frames[: int(np.prod(leading))]).unflatten(0, leading)
+    whole = tokenizer.decode(tokens)
+    sizes = []
+    before = tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("hma_gym.tokenizers.conv._WIDEST", 3 * 4 * 64 * 64 * 4)  # three frames of four maps
+    parts = tokenizer.decode(tokens)
+    before.remove()
+    assert sizes == {7: [3, 3, 1], 8: [3, 3, 2]}[int(np.prod(leading))]
+    assert parts.shape == whole.shape and parts.dtype == torch.uint8
+    assert torch.equal(parts, whole) or int((parts.int() - whole.int()).abs().max()) <= 1
+
+
+@BOTH
 def test_a_token_sees_only_its_neighbourhood(config, frames):
     """Receptive field of 32 pixels: 12 around the 8 x 8 patch, so tokens 2 or more patches away do not notice."""
     tokenizer = make(config)
