@@ -36,9 +36,7 @@ from hma_gym.benchmarks._timing import (
     time_calls,
     write_results,
 )
-from hma_gym.benchmarks.throughput import checkpoint_in_precision
-from hma_gym.dynamics.compiled import with_compilation
-from hma_gym.dynamics.packed import with_packed_weights
+from hma_gym.benchmarks.throughput import checkpoint_in_precision, hastened
 from hma_gym.dynamics.rollout import RolloutState
 from hma_gym.dynamics.steppers import CudaGraphs
 from hma_gym.envs.tasks import get_task
@@ -265,14 +263,9 @@ def _state(envs: HMAVectorEnv) -> RolloutState:
 
 def _parts(config: ProfileConfig, source: LearnedWorld, count: int, way: Way) -> dict[str, Callable[[], object]]:
     """A step of ``count`` environments and its parts, by name."""
-    checkpoint, judge, device = source.checkpoint, source.judge, source.device
-    if way == "compiled-graphs":
-        torch._dynamo.reset()  # it keeps a limited number of sizes
-        checkpoint = with_compilation(checkpoint)
-    elif way == "packed":
-        checkpoint = with_packed_weights(checkpoint, count)
-    plain = way in ("eager", "packed")
-    world = LearnedWorld(checkpoint, judge=judge, stepper=None if plain else CudaGraphs)
+    checkpoint, judge, device = hastened(source.checkpoint, way, count), source.judge, source.device
+    recorded = way.endswith("graphs")
+    world = LearnedWorld(checkpoint, judge=judge, stepper=CudaGraphs if recorded else None)
     envs = HMAVectorEnv(count, checkpoint=world, output="torch", render_mode=None)
     envs.reset(seed=0)
     envs.action_space.seed(0)
@@ -286,19 +279,14 @@ def _parts(config: ProfileConfig, source: LearnedWorld, count: int, way: Way) ->
     if judge is not None:
         frames = torch.zeros(count, world.window, *world.image_size, 3, dtype=torch.uint8, device=device)
         calls["judge"] = _judging(judge, frames, tokens)
-    if plain:
-        calls = {
-            "step of the environment": lambda: envs.step(action),
-            "model step": lambda: world.dynamics.step(state, action, in_place=True),
-            **calls,
-        }
-        return {name if way == "eager" else f"{name}, {way}": call for name, call in calls.items()}
-    stepper, another = CudaGraphs(world.dynamics), _state(envs)
-    return {
-        f"step of the environment, {way}": lambda: envs.step(action),
-        f"model step, {way}": lambda: stepper.step(another, action),
-        **{f"{name}, {way}": _as_graph(call, device) for name, call in calls.items()},
-    }
+    whole: dict[str, Callable[[], object]] = {"step of the environment": lambda: envs.step(action)}
+    if recorded:
+        stepper, another = CudaGraphs(world.dynamics), _state(envs)
+        whole["model step"] = lambda: stepper.step(another, action)
+        calls = {name: _as_graph(call, device) for name, call in calls.items()}
+    else:
+        whole["model step"] = lambda: world.dynamics.step(state, action, in_place=True)
+    return {name if way == "eager" else f"{name}, {way}": call for name, call in (whole | calls).items()}
 
 
 def _as_graph(call: Callable[[], object], device: torch.device) -> Callable[[], object]:

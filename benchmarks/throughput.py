@@ -195,13 +195,18 @@ def _checkpoint(config: ThroughputConfig, precision: Products) -> Checkpoint:
     return checkpoint_in_precision(source, precision, config.device)
 
 
-def _world(config: ThroughputConfig, precision: Products, way: Way, count: int) -> LearnedWorld:
-    checkpoint = _checkpoint(config, precision)
+def hastened(checkpoint: Checkpoint, way: str, count: int) -> Checkpoint:
+    """A checkpoint for so many environments, packed and compiled if its way says so."""
     if "packed" in way:
         checkpoint = with_packed_weights(checkpoint, count)
     if "compiled" in way:
         torch._dynamo.reset()  # it keeps a limited number of sizes
         checkpoint = with_compilation(checkpoint)
+    return checkpoint
+
+
+def _world(config: ThroughputConfig, precision: Products, way: Way, count: int) -> LearnedWorld:
+    checkpoint = hastened(_checkpoint(config, precision), way, count)
     return LearnedWorld(checkpoint, judge=config.judge, stepper=_STEPPERS.get(way))
 
 

@@ -21,16 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hma_gym.errors import InvalidArgument
-from hma_gym.nn.tiles import (
-    Attention,
-    Product,
-    Ring,
-    attention_tiles,
-    power_of_two,
-    product_tiles,
-    ring_tiles,
-    tiles_of,
-)
+from hma_gym.nn.tiles import Product, attention_tiles, power_of_two, product_tiles, ring_group, tiles_of
 from hma_gym.nn.transformer import Cache, PublishedBlock
 
 #: Processors of an H100 or H200, for which kernels are compiled where there is no GPU.
@@ -363,7 +354,7 @@ class Launcher:
         head_dim = E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=qkv_BTNE.dtype)
         dims = power_of_two(head_dim, 16)
-        tiles = attention_tiles(Attention(B * T * heads, N, dims, qkv_BTNE.itemsize), self._processors)
+        tiles = attention_tiles(B * T * heads, N, dims, qkv_BTNE.itemsize, self._processors)
         self._launch(
             self._kernels.attend_frame,
             (tiles_of(N, tiles.queries), B * T * heads),
@@ -398,10 +389,10 @@ class Launcher:
         B, T, N, E = qkv_BTNE.shape
         W, head_dim = past_BWND[0].shape[1], E // 3 // heads
         y = torch.empty(B, T, N, E // 3, device=qkv_BTNE.device, dtype=dtype)
-        tiles = ring_tiles(Ring(head_dim, W, T))
+        group = ring_group(head_dim, W, T)
         self._launch(
             self._kernels.attend_ring,
-            (tiles_of(N * heads, tiles.group), B),
+            (tiles_of(N * heads, group), B),
             qkv_BTNE,
             *past_BWND,
             *into_BWND,
@@ -418,9 +409,8 @@ class Launcher:
             DIM_TILE=power_of_two(head_dim, 16),
             WINDOW_TILE=power_of_two(W),
             FRAME_TILE=power_of_two(T),
-            GROUP_TILE=tiles.group,
+            GROUP_TILE=group,
             COMMIT=commit > 0,
-            warps=tiles.warps,
         )
         return y
 
@@ -527,11 +517,11 @@ def extend(
     keys, values = cache.keys_BLWND, cache.values_BLWND
     if commit and not in_place:
         keys, values = keys.clone(), values.clone()
-    rows = launcher.rows(x_BTND, blocks[0].up.weight_EK.dtype)
+    rows, width = launcher.rows(x_BTND, blocks[0].up.weight_EK.dtype), x_BTND.shape[-1]
     for layer, block in enumerate(blocks):
         past = cache.keys_BLWND[:, layer], cache.values_BLWND[:, layer]
         into = keys[:, layer], values[:, layer]
-        width, told = x_BTND.shape[-1], told_BTL1X[:, :, layer, 0]
+        told = told_BTL1X[:, :, layer, 0]
         own = layers.own(told, 0, 3 * width), layers.own(told, 3 * width, 4 * width)
         rows = _block(launcher, block, own, rows, past, into, cache.step_B, commit)
     return rows.x_BTND, Cache(keys, values, cache.step_B + commit)

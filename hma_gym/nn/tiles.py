@@ -86,16 +86,6 @@ def product_tiles(product: Product, processors: int) -> ProductTiles:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention within frames: heads of all frames, tokens of a frame, numbers of a head and their bytes."""
-
-    sets: int
-    tokens: int
-    dims: int
-    itemsize: int
-
-
-@dataclass(frozen=True)
 class AttentionTiles:
     """Queries and keys of a tile, warps for it, and how many tiles of keys are on their way at once."""
 
@@ -105,35 +95,23 @@ class AttentionTiles:
     stages: int
 
 
-def attention_tiles(attention: Attention, processors: int) -> AttentionTiles:
+def attention_tiles(sets: int, tokens: int, dims: int, itemsize: int, processors: int) -> AttentionTiles:
     """As many queries as registers hold, if there are enough such tiles; a warp has its rows for itself where they are
-    narrow."""
-    dims, head_bytes = attention.dims, attention.dims * attention.itemsize
+    narrow.
+
+    Args:
+        sets: heads of all frames, of so many tokens each.
+        dims, itemsize: numbers of a head, and their bytes.
+        processors: of the GPU.
+    """
+    head_bytes = dims * itemsize
     sizes = (64, 32) if dims <= 64 else (32,)
-    found = ((attention.sets * tiles_of(attention.tokens, size), size) for size in sizes)
-    queries = next((size for count, size in found if count >= _BUSY * processors), 16)
+    queries = next((size for size in sizes if sets * tiles_of(tokens, size) >= _BUSY * processors), 16)
     warps = queries // 16 if head_bytes <= 256 else 4
     return AttentionTiles(queries, 64 if head_bytes <= 64 else 32, warps, 3 if head_bytes <= 256 else 2)
 
 
-@dataclass(frozen=True)
-class Ring:
-    """Attention over time: numbers of a head, frames of the window and new ones."""
-
-    dims: int
-    window: int
-    frames: int
-
-
-@dataclass(frozen=True)
-class RingTiles:
-    """Heads of tokens in a program, and its warps."""
-
-    group: int
-    warps: int
-
-
-def ring_tiles(ring: Ring) -> RingTiles:
-    """As many heads of tokens as registers hold."""
-    held = power_of_two(ring.dims, 16) * max(power_of_two(ring.window), power_of_two(ring.frames))
-    return RingTiles(max(1, min(_GROUP, 8192 // held)), 4)
+def ring_group(dims: int, window: int, frames: int) -> int:
+    """Heads of tokens that attend over time in one program, to a window and new frames: as many as registers hold."""
+    held = power_of_two(dims, 16) * max(power_of_two(window), power_of_two(frames))
+    return max(1, min(_GROUP, 8192 // held))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hma_gym.nn import fused
 from hma_gym.nn.precision import tensor_float32
 from hma_gym.nn.tiles import ProductTiles
 
@@ -21,16 +22,17 @@ DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cud
 TILES = [(16, 32, 128), (32, 64, 32), (256, 16, 32)]
 
 
+@pytest.fixture(params=TILES)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product has these tiles."""
+    monkeypatch.setattr(fused, "product_tiles", lambda *_: ProductTiles(*request.param, warps=4, stages=2))
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("residual", ["none", "input", "older"])
-def test_fused_product(
-    device: str, tiles: tuple[int, int, int], normalised: bool, residual: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hma_gym.nn import fused
-
-    monkeypatch.setattr(fused, "product_tiles", lambda *_: ProductTiles(*tiles, warps=4, stages=2))
+@pytest.mark.usefixtures("tiles")
+def test_fused_product(device: str, normalised: bool, residual: str) -> None:
     generator = torch.Generator().manual_seed(0)
     B, T, N, D = 2, 3, 21, 72
     E = D if residual == "input" else 104
@@ -54,15 +56,10 @@ def test_fused_product(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("then", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_fused_sum_of_a_modulated_product_and_another(
-    device: str, tiles: tuple[int, int, int], then: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hma_gym.nn import fused
-
-    monkeypatch.setattr(fused, "product_tiles", lambda *_: ProductTiles(*tiles, warps=4, stages=2))
+@pytest.mark.usefixtures("tiles")
+def test_a_fused_sum_of_a_modulated_product_and_another(device: str, then: bool, apart: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     B, T, N, D = 2, 3, 21, 72
     first, second = (nn.Linear(D, D, bias=i == 0).requires_grad_(False).to(device) for i in range(2))
@@ -89,8 +86,6 @@ def test_a_fused_sum_of_a_modulated_product_and_another(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_a_norm_of_parts_is_the_norm(device: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hma_gym.nn import fused
-
     monkeypatch.setattr(fused, "product_tiles", lambda *_: ProductTiles(32, 32, 32, warps=4, stages=2))
     generator = torch.Generator().manual_seed(1)
     D = 72  # two parts of 32 columns, and one of 8
